@@ -1,0 +1,282 @@
+"""The library's calls: a scenario in, a report out; no printing, no global state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from planner.candidates import Candidate, Fate
+from planner.errors import InfeasibleError, InputError, LimitError, RefusalError
+from planner.infeasible import explain_empty_space, explain_slo
+from planner.objective import Outcome
+from planner.report import (
+    Alternative,
+    ObjectiveSummary,
+    PlanReport,
+    PlanSummary,
+    SearchSummary,
+    SimulationReport,
+    run_metrics,
+)
+from planner.resolve import resolve
+from planner.search import Search
+from planner.space import KV_CACHE, WEIGHTS, broken_rule, explain_rule
+from simulator.interpolate import Provenance
+from simulator.plan import parse_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from planner.problem import Problem
+    from planner.scenario import Scenario
+    from planner.search import Progress, SearchResult
+    from simulator.plan import Plan
+
+_MAX_ALTERNATIVES: Final = 6
+"""Runners-up in a report."""
+
+
+def solve(
+    scenario: Scenario,
+    *,
+    exhaustive: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> PlanReport:
+    """Find the best plan and prove it.
+
+    Parameters
+    ----------
+    scenario
+        What to plan for.
+    exhaustive
+        Also simulate every plan to the end and compare.
+    on_progress
+        Called as plans are settled.
+
+    Returns
+    -------
+    PlanReport
+        With status ``optimal``, ``feasible`` (a limit stopped the search) or ``infeasible``.
+
+    Raises
+    ------
+    InputError
+        When the scenario is bad.
+    LimitError
+        When a limit stopped the search before any plan was found.
+    """
+    problem = resolve(scenario)
+    found = Search(problem, problem.objective, problem.constraints, on_progress=on_progress).run()
+    if found.best is None:
+        if not found.proved:
+            raise LimitError(
+                f"stopped by {found.stopped_by} before any plan was found; raise "
+                "search.time_limit_s or search.work_limit"
+            )
+        return _infeasible_report(problem, found)
+    summary = _search_summary(found)
+    if exhaustive:
+        summary = replace(summary, exhaustive=_exhaust(problem, found, on_progress))
+    return _report(problem, found, found.best, summary)
+
+
+def simulate(scenario: Scenario, plan_text: str) -> SimulationReport:
+    """Simulate one plan.
+
+    Raises
+    ------
+    InputError
+        When the scenario or the plan's text is bad.
+    RefusalError
+        When the engine cannot launch the plan.
+    InfeasibleError
+        When the plan does not fit into memory.
+    """
+    problem = resolve(scenario)
+    try:
+        plan = parse_plan(plan_text, problem.default_limits)
+    except ValueError as error:
+        raise InputError(
+            source="--plan", field="", value=plan_text, rule=f"is not a plan: {error}"
+        ) from None
+    _require_compiled(problem, plan)
+    rule = broken_rule(problem, plan)
+    if rule is not None:
+        text = f"plan {plan_text}: {rule}: {explain_rule(problem, plan, rule)}"
+        if rule in (WEIGHTS, KV_CACHE):
+            raise InfeasibleError(text, "")
+        raise RefusalError(text)
+    run = problem.start(plan, record_gaps=True)
+    result = run.finish()
+    outcome = Outcome.of(result, plan.devices)
+    return SimulationReport(
+        plan=PlanSummary.of(problem, plan),
+        metrics=run_metrics(problem, plan, result),
+        breaks=tuple(c.name for c in problem.constraints if c.is_broken(outcome)),
+        provenance=_provenance(problem, plan),
+        warnings=_warnings(problem, plan),
+    )
+
+
+def _require_compiled(problem: Problem, plan: Plan) -> None:
+    """Refuse limits beyond what the scenario's own space lets the planner compile."""
+    largest = problem.compiler.max_limits
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        value, most = getattr(plan.limits, name), getattr(largest, name)
+        if value > most:
+            raise RefusalError(
+                f"plan {problem.plan_text(plan)}: {name} is {value}; the scenario's "
+                f"search.space.{name} ends at {most}"
+            )
+
+
+def _report(
+    problem: Problem, found: SearchResult, best: Candidate, summary: SearchSummary
+) -> PlanReport:
+    objective = problem.objective
+    plan = best.plan
+    # Run again with the gaps between tokens recorded, which the search has no use for.
+    result = problem.start(plan, record_gaps=True).finish()
+    value = objective.value(best.score[0])
+    bound = None if found.bound is None else objective.value(found.bound)
+    return PlanReport(
+        status="optimal" if found.proved else "feasible",
+        plan=PlanSummary.of(problem, plan),
+        objective=ObjectiveSummary(
+            objective.name, objective.sense, value, objective.unit, objective.tie_break
+        ),
+        bound=bound,
+        gap=_gap(value, bound),
+        metrics=run_metrics(problem, plan, result),
+        alternatives=_alternatives(problem, found, best),
+        search=summary,
+        provenance=_provenance(problem, plan),
+        warnings=_warnings(problem, plan),
+        deterministic=found.stopped_by in (None, "work_limit"),
+    )
+
+
+def _gap(value: float, bound: float | None) -> float | None:
+    if bound is None or value == 0.0:
+        return None
+    return abs(value - bound) / value
+
+
+def _alternatives(
+    problem: Problem, found: SearchResult, best: Candidate
+) -> tuple[Alternative, ...]:
+    """The most promising plan of every other shape, and the next best of the chosen shape.
+
+    A shape's plan is the first in the order of what is known of it; where that is only a bound,
+    it is simulated now, so that every value shown is one.
+    """
+    objective = problem.objective
+    chosen_value = objective.value(best.score[0])
+    shapes: dict[tuple[int, int], Candidate] = {}
+    for candidate in sorted(found.candidates, key=lambda c: (bool(c.broken), c.key)):
+        same_as_best = candidate.twin == best.plan or candidate.plan == best.plan
+        if not same_as_best:
+            shapes.setdefault((candidate.plan.replicas, candidate.plan.tp), candidate)
+    rows = []
+    for candidate in shapes.values():
+        score, broken = candidate.score, candidate.broken
+        if not candidate.exact:
+            result = problem.start(candidate.plan).finish()
+            outcome = Outcome.of(result, candidate.plan.devices)
+            score = objective.score(outcome)
+            broken = tuple(c.name for c in problem.constraints if c.is_broken(outcome))
+        value = objective.value(score[0])
+        worse = chosen_value - value if objective.sense == "maximize" else value - chosen_value
+        rows.append(
+            Alternative(
+                id=problem.plan_text(candidate.plan),
+                devices=candidate.plan.devices,
+                value=value,
+                loss_pct=100.0 * worse / chosen_value if chosen_value else 0.0,
+                breaks=broken,
+            )
+        )
+    rows.sort(key=lambda row: (bool(row.breaks), row.loss_pct, row.id))
+    return tuple(rows[:_MAX_ALTERNATIVES])
+
+
+def _search_summary(found: SearchResult) -> SearchSummary:
+    return SearchSummary(
+        space=found.space.size,
+        feasible=len(found.space.plans),
+        excluded_by_rule=found.space.excluded,
+        excluded_by_bound=found.count(Fate.BOUNDED),
+        aborted=found.count(Fate.ABORTED),
+        identical=found.count(Fate.IDENTICAL),
+        simulated=found.count(Fate.SIMULATED),
+        breaks_slo=found.count(Fate.BREAKS_SLO),
+        iterations=found.iterations,
+    )
+
+
+def _exhaust(
+    problem: Problem, found: SearchResult, on_progress: Callable[[Progress], None] | None
+) -> dict[str, Any]:
+    """Simulate every plan to the end and compare with what the search found."""
+    every = Search(
+        problem,
+        problem.objective,
+        problem.constraints,
+        exhaustive=True,
+        on_progress=on_progress,
+    ).run()
+    distinct: dict[str, int] = {}
+    for candidate in every.candidates:
+        if candidate.result is not None:
+            distinct[candidate.result.trajectory_hash()] = candidate.iterations
+    mine, theirs = found.best, every.best
+    return {
+        "complete": every.proved,
+        "iterations": every.iterations,
+        "distinct_iterations": sum(distinct.values()),
+        "search_share": found.iterations / max(1, sum(distinct.values())),
+        "best": None if theirs is None else problem.plan_text(theirs.plan),
+        "agrees": mine is not None
+        and theirs is not None
+        and (mine.plan, mine.score) == (theirs.plan, theirs.score),
+    }
+
+
+def _infeasible_report(problem: Problem, found: SearchResult) -> PlanReport:
+    if found.space.plans:
+        reason, relaxation = explain_slo(problem)
+    else:
+        reason, relaxation = explain_empty_space(problem, found.space)
+    return PlanReport(
+        status="infeasible",
+        plan=None,
+        objective=None,
+        bound=None,
+        gap=None,
+        metrics={},
+        alternatives=(),
+        search=_search_summary(found),
+        provenance=problem.provenance,
+        warnings=problem.warnings,
+        infeasible={"reason": reason, "relaxation": relaxation},
+    )
+
+
+def _provenance(problem: Problem, plan: Plan) -> dict[str, object]:
+    labels = problem.compiler.provenance(plan.tp)
+    return {
+        **problem.provenance,
+        "operators": {name: label.name.lower() for name, label in labels.items()},
+    }
+
+
+def _warnings(problem: Problem, plan: Plan) -> tuple[str, ...]:
+    """The problem's warnings, and operators of ``plan`` that no measurement covers."""
+    weak = [
+        f"{name} ({label.name.lower()})"
+        for name, label in problem.compiler.provenance(plan.tp).items()
+        if label in (Provenance.EXTRAPOLATED, Provenance.ROOFLINE)
+    ]
+    if not weak:
+        return problem.warnings
+    return (*problem.warnings, f"outside the measured kernel tables: {', '.join(weak)}")

@@ -1,0 +1,127 @@
+"""What is known of each plan during a search, and when two plans behave identically."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from planner.objective import Score
+    from simulator.plan import Plan
+    from simulator.run import RunResult, Usage
+    from simulator.state import Limits
+    from simulator.timing import IterationCost
+
+
+class Fate(str, Enum):
+    """How a plan was settled, or that it was not."""
+
+    OPEN = "open"
+    BOUNDED = "bounded"
+    """Its bound is worse than the best plan; never simulated."""
+    ABORTED = "aborted"
+    """Its bound passed the best plan's value while it was simulated."""
+    SIMULATED = "simulated"
+    """Simulated to the end."""
+    IDENTICAL = "identical"
+    """Behaves exactly as a plan that was simulated: the limits that differ never bind."""
+    BREAKS_SLO = "breaks_slo"
+    """Its bound, or its run, breaks a constraint."""
+
+
+@dataclass
+class Candidate:
+    """A plan of the space and what is known of it.
+
+    Parameters
+    ----------
+    plan, rank
+        The plan and its place in the canonical tie order.
+    score
+        Its score if ``exact``, else a lower bound on it.
+    exact
+        Whether ``score`` is the simulated value.
+    fate
+        How it was settled.
+    iterations
+        Iterations simulated for it.
+    result
+        The finished run where it was simulated.
+    twin
+        The plan whose run it shares, where it is identical to one.
+    broken
+        Names of constraints that it breaks.
+    """
+
+    plan: Plan
+    rank: int
+    score: Score
+    exact: bool = False
+    fate: Fate = Fate.OPEN
+    iterations: int = 0
+    result: RunResult | None = None
+    twin: Plan | None = None
+    broken: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[Score, int]:
+        """Place in the order of plans: score, then the canonical tie order."""
+        return self.score, self.rank
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How far one plan's run has come and what it used of its limits.
+
+    Parameters
+    ----------
+    plan, limits, cost
+        What ran.
+    usage
+        Peaks so far, and which limits ever held a request back.
+    """
+
+    plan: Plan
+    limits: Limits
+    cost: IterationCost
+    usage: Usage
+
+    def same_for(self, plan: Plan, limits: Limits, cost: IterationCost) -> bool:
+        """Whether ``plan`` runs through the same states as far as this run has come.
+
+        It does if both have the same shape, if each limit that differs neither held anything
+        back here nor lies below what was used, and if the costs agree wherever they were used.
+        """
+        used = self.usage
+        if (plan.replicas, plan.tp) != (self.plan.replicas, self.plan.tp):
+            return False
+        pairs = (
+            (limits.max_num_seqs, self.limits.max_num_seqs, used.seats, used.seats_bound),
+            (
+                limits.max_num_batched_tokens,
+                self.limits.max_num_batched_tokens,
+                used.tokens,
+                used.tokens_bound,
+            ),
+            (limits.num_blocks, self.limits.num_blocks, used.demanded_blocks, used.blocks_bound),
+        )
+        for theirs, ours, peak, bound in pairs:
+            if theirs != ours and (bound or theirs < peak):
+                return False
+        return self._costs_agree(cost)
+
+    def _costs_agree(self, other: IterationCost) -> bool:
+        mine, tokens, seats = self.cost, self.usage.tokens + 1, self.usage.seats + 1
+        return (
+            mine.decode_floor_s == other.decode_floor_s
+            and mine.mixed_floor_s == other.mixed_floor_s
+            and mine.iteration_host_s == other.iteration_host_s
+            and np.array_equal(mine.decode_s[:tokens], other.decode_s[:tokens])
+            and np.array_equal(mine.mixed_s[:tokens], other.mixed_s[:tokens])
+            and np.array_equal(mine.sampled_s[:seats], other.sampled_s[:seats])
+            and np.array_equal(mine.attention_s[:seats], other.attention_s[:seats])
+            and np.array_equal(mine.prefill_s, other.prefill_s)
+        )

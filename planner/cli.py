@@ -1,0 +1,197 @@
+"""The command line: arguments in, reports out, exit codes as in :mod:`planner.errors`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Optional
+
+import typer
+
+from planner import __version__
+from planner.errors import NO_VALUE, InputError, PlannerError
+
+if TYPE_CHECKING:
+    from planner.report import PlanReport
+    from planner.search import Progress
+
+INFEASIBLE_EXIT: Final = 3
+_BUG_EXIT: Final = 1
+_LIMIT_EXIT: Final = 4
+
+app = typer.Typer(
+    name="planner",
+    help="Name the parallel plan to deploy for an LLM serving scenario, and prove it.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+ScenarioArgument = Annotated[
+    str, typer.Argument(help="Scenario file, or the name of a bundled scenario.")
+]
+# typer reads these annotations at run time, where Python 3.10 needs the long spelling.
+JsonOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--json", metavar="PATH|-", help="Write the report as JSON; - for stdout."),
+]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"planner {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def solve(
+    scenario: ScenarioArgument,
+    json: JsonOption = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Also simulate every plan and compare.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Find the best plan and prove that no other in the space is better."""
+    from planner.api import solve as solve_scenario
+    from planner.render import console, render_solve
+    from planner.scenario import Scenario
+
+    loaded = Scenario.load(scenario)
+    progress = None if quiet else _ProgressLine()
+    try:
+        report = solve_scenario(loaded, exhaustive=exhaustive, on_progress=progress)
+    finally:
+        if progress is not None:
+            progress.end()
+    _deliver(report.to_json(), json)
+    if json != "-":
+        render_solve(report, console(sys.stdout))
+    _exit_for(report)
+
+
+@app.command()
+def simulate(
+    scenario: ScenarioArgument,
+    plan: Annotated[str, typer.Option("--plan", help="Plan text, for example 2xtp4:seqs=256.")],
+    json: JsonOption = None,
+) -> None:
+    """Simulate one plan on the scenario's workload."""
+    from planner.api import simulate as simulate_plan
+    from planner.render import console, render_simulation
+    from planner.scenario import Scenario
+
+    report = simulate_plan(Scenario.load(scenario), plan)
+    _deliver(report.to_json(), json)
+    if json != "-":
+        render_simulation(report, console(sys.stdout))
+
+
+def _exit_for(report: PlanReport) -> None:
+    """End with the code of an infeasible answer, its reason on one line of stderr."""
+    if report.infeasible is None:
+        return
+    reason, relaxation = report.infeasible["reason"], report.infeasible["relaxation"]
+    sys.stderr.write(f"planner: infeasible: {reason}; {relaxation}\n")
+    raise typer.Exit(INFEASIBLE_EXIT)
+
+
+def _deliver(text: str, target: str | None) -> None:
+    """Write ``text`` to ``target`` whole or not at all."""
+    if target is None:
+        return
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    path = Path(target)
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise InputError(
+            source="--json",
+            field=target,
+            value=NO_VALUE,
+            rule=f"cannot be written ({error.strerror})",
+        ) from None
+
+
+class _ProgressLine:
+    """Where the search stands: one line that is rewritten, on a terminal only."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._settled = 0
+
+    def __call__(self, progress: Progress) -> None:
+        self._settled += 1
+        if not self._live:
+            return
+        best = progress.incumbent
+        shape = "none yet" if best is None else f"{best.replicas}xtp{best.tp}"
+        sys.stderr.write(
+            f"\rsettled {self._settled}, left {progress.plans_left}, best {shape}, "
+            f"{progress.iterations:,} iterations \033[K"
+        )
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Clear the line."""
+        if self._live:
+            sys.stderr.write("\r\033[K")
+
+
+def main() -> None:
+    """Run the command line and end the process with the documented code."""
+    try:
+        app(standalone_mode=False)
+    except PlannerError as error:
+        sys.stderr.write(f"planner: error: {error}\n")
+        sys.exit(error.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.stderr.write("planner: interrupted before any plan was found\n")
+        sys.exit(_LIMIT_EXIT)
+    except KeyboardInterrupt:
+        sys.stderr.write("planner: interrupted before any plan was found\n")
+        sys.exit(_LIMIT_EXIT)
+    except Exception as error:
+        # click's usage errors carry their own code; anything else is a bug of ours, and the
+        # traceback belongs to whoever asks for it.
+        code = getattr(error, "exit_code", None)
+        message = getattr(error, "format_message", None)
+        if code is not None and callable(message):
+            sys.stderr.write(f"planner: error: {message()}\n")
+            sys.exit(code)
+        if os.environ.get("PLANNER_DEBUG"):
+            traceback.print_exc()
+        sys.stderr.write(
+            f"planner: bug: {type(error).__name__}: {' '.join(str(error).split())}"
+            " (set PLANNER_DEBUG=1 for the traceback)\n"
+        )
+        sys.exit(_BUG_EXIT)
+
+
+if __name__ == "__main__":
+    main()

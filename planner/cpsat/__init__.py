@@ -1,0 +1,1 @@
+"""The CP-SAT master: variables, constraints, objective and model."""

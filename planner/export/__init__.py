@@ -1,0 +1,1 @@
+"""What leaves the planner as something that launches."""

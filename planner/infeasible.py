@@ -1,0 +1,129 @@
+"""Why nothing fits, and the smallest change that would."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from planner.errors import LimitError
+from planner.objective import TICKS_PER_S, ExcessObjective, Outcome
+from planner.search import Search
+from planner.space import DEVICES, KV_CACHE, WEIGHTS, broken_rule, explain_rule
+from simulator.memory import NULL_BLOCKS
+from simulator.plan import BatchingLimits, Plan
+from simulator.units import GIB, MS_PER_S
+
+if TYPE_CHECKING:
+    from planner.problem import Problem
+    from planner.space import Space
+
+
+def explain_slo(problem: Problem) -> tuple[str, str]:
+    """Reason and relaxation where every plan that can run breaks an SLO.
+
+    The plan that exceeds its worst-kept limit least is found with the same search, so the
+    relaxation is the least common stretch of all limits under which some plan is feasible.
+
+    Raises
+    ------
+    LimitError
+        When a limit stops that search.
+    """
+    excess = ExcessObjective(problem.constraints)
+    nearest = Search(problem, excess).run()
+    if nearest.best is None or not nearest.proved:
+        raise LimitError("no plan meets the SLOs; a limit stopped the search for the nearest one")
+    best = nearest.best
+    outcome = Outcome.of(problem.start(best.plan).finish(), best.plan.devices)
+    broken = [
+        f"{c.name} {c.ticks(outcome) / _TICKS_PER_MS:.1f} ms against {c.limit_ms:g} ms"
+        for c in problem.constraints
+        if c.is_broken(outcome)
+    ]
+    reason = (
+        f"no plan meets the SLOs; the nearest, {problem.plan_text(best.plan)}, has "
+        + ", ".join(broken)
+    )
+    changes = [
+        f"{c.name}: {_round_up(c.ticks(outcome) / _TICKS_PER_MS):g}"
+        for c in problem.constraints
+        if c.is_broken(outcome)
+    ]
+    return reason, f"smallest change that fits: {', '.join(changes)}"
+
+
+_TICKS_PER_MS = TICKS_PER_S / MS_PER_S
+
+
+def _round_up(value_ms: float) -> float:
+    """``value_ms`` to the next tenth: a limit that the plan then meets."""
+    return -(-value_ms * 10 // 1) / 10
+
+
+def explain_empty_space(problem: Problem, space: Space) -> tuple[str, str]:
+    """Reason and relaxation where no plan of the grid can run."""
+    memory_plans = [
+        plan for plan in _grid_shapes(problem) if broken_rule(problem, plan) in (WEIGHTS, KV_CACHE)
+    ]
+    if not memory_plans:
+        counts = ", ".join(f"{n} by: {rule}" for rule, n in space.excluded.items())
+        return f"no plan of the grid can run ({counts})", _widen(problem)
+    # The plan that lacks least memory is the nearest to running.
+    plan = min(memory_plans, key=lambda p: (_missing_bytes(problem, p), p.devices))
+    rule = broken_rule(problem, plan) or ""
+    reason = (
+        f"no plan fits into memory; the nearest, {problem.plan_text(plan)}: "
+        f"{explain_rule(problem, plan, rule)}"
+    )
+    return reason, "smallest change that fits: " + "; or ".join(_memory_changes(problem, plan))
+
+
+def _grid_shapes(problem: Problem) -> list[Plan]:
+    """One replica of every class of the grid that has enough devices."""
+    grid = problem.space
+    plans = [
+        Plan(grid.replicas[0], tp, BatchingLimits(seqs, tokens))
+        for tp in grid.tp
+        for seqs in grid.max_num_seqs
+        for tokens in grid.max_num_batched_tokens
+    ]
+    return [plan for plan in plans if broken_rule(problem, plan) != DEVICES]
+
+
+def _needed_bytes(problem: Problem, plan: Plan) -> int:
+    """Bytes per device that hold weights, activations, overhead and one full request."""
+    budget = problem.memory(plan.tp, plan.limits)
+    blocks = -(-problem.max_model_len // problem.memory_rules.block_tokens) + NULL_BLOCKS
+    return budget.fixed_bytes + blocks * budget.block_bytes
+
+
+def _missing_bytes(problem: Problem, plan: Plan) -> int:
+    return _needed_bytes(problem, plan) - problem.memory(plan.tp, plan.limits).usable_bytes
+
+
+def _memory_changes(problem: Problem, plan: Plan) -> list[str]:
+    """Changes that would each make ``plan`` fit, smallest first."""
+    changes = []
+    held = problem.blocks(plan.tp, plan.limits) * problem.memory_rules.block_tokens
+    longest = int((problem.workload.prompt_tokens + problem.workload.output_tokens).max())
+    if held >= longest:
+        changes.append(f"model.max_model_len: {held} (the longest request has {longest} tokens)")
+    share = _needed_bytes(problem, plan) / problem.device.memory_bytes
+    if share <= 1.0:
+        changes.append(f"engine.gpu_memory_utilization: {-(-share * 1000 // 1) / 1000:g}")
+    wider = [tp for tp in problem.compiler.widths if tp > plan.tp]
+    for tp in wider:
+        if _missing_bytes(problem, Plan(1, tp, plan.limits)) <= 0:
+            changes.append(f"a pool of {tp} devices in one node, for tp{tp}")
+            break
+    if not changes:
+        missing = _missing_bytes(problem, plan) / GIB
+        changes.append(f"{missing:.1f} GiB more per device, or a smaller dtype")
+    return changes
+
+
+def _widen(problem: Problem) -> str:
+    widths = ", ".join(map(str, problem.compiler.widths))
+    return (
+        f"widen search.space: tp of {widths} that divides the model's heads, replicas that fit "
+        f"{problem.num_devices} devices, max_num_batched_tokens of at least max_num_seqs"
+    )

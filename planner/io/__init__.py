@@ -1,0 +1,1 @@
+"""Readers of the file formats at the outer edge."""

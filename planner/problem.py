@@ -1,0 +1,141 @@
+"""The problem: everything a plan's value depends on, resolved and frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from simulator.memory import MemoryBudget, memory_budget
+from simulator.run import Run
+from simulator.state import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from planner.io.engines import EngineProfile
+    from planner.objective import Constraint, Objective
+    from simulator.device import Device
+    from simulator.memory import MemoryRules
+    from simulator.model import ModelShape
+    from simulator.plan import BatchingLimits, Plan
+    from simulator.timing import CostCompiler
+    from simulator.workload import Workload
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Values that plans are built from, each ascending."""
+
+    tp: tuple[int, ...]
+    replicas: tuple[int, ...]
+    max_num_seqs: tuple[int, ...]
+    max_num_batched_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SearchLimits:
+    """When the search stops short of a proof.
+
+    Parameters
+    ----------
+    time_limit_s
+        Wall-clock seconds.
+    work_limit
+        Simulated iterations, or ``None``.
+    """
+
+    time_limit_s: float
+    work_limit: int | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A resolved scenario.
+
+    Parameters
+    ----------
+    source
+        Name of the scenario in messages.
+    model, device, engine
+        What is served, on what, by what.
+    num_devices, devices_per_node
+        The pool.
+    price_per_hour
+        USD per device and hour, or ``None``.
+    memory_rules
+        What the engine takes of a device's memory.
+    num_blocks
+        Measured KV blocks that replace the memory model's figure, or ``None``.
+    max_model_len
+        Longest request that each replica must be able to hold, tokens.
+    workload
+        The requests.
+    default_limits
+        The engine's own batching limits on this device.
+    compiler
+        Maker of iteration costs.
+    ingress_s
+        From a client's send to the scheduler's queue.
+    space, search_limits, objective, constraints, goodput_limits_s
+        What is searched, how long, for what, under what.
+    provenance
+        Digests and versions of all data, for the report.
+    warnings
+        What a reader of the report must know about the data.
+    """
+
+    source: str
+    model: ModelShape
+    device: Device
+    engine: EngineProfile
+    num_devices: int
+    devices_per_node: int
+    price_per_hour: float | None
+    memory_rules: MemoryRules
+    num_blocks: int | None
+    max_model_len: int
+    workload: Workload
+    default_limits: BatchingLimits
+    compiler: CostCompiler
+    ingress_s: float
+    space: SearchSpace
+    search_limits: SearchLimits
+    objective: Objective
+    constraints: tuple[Constraint, ...]
+    goodput_limits_s: Mapping[str, float]
+    provenance: Mapping[str, object]
+    warnings: tuple[str, ...]
+
+    def memory(self, tp: int, limits: BatchingLimits) -> MemoryBudget:
+        """Memory of one rank of a replica."""
+        return memory_budget(self.model, self.device, tp, limits, self.memory_rules)
+
+    def blocks(self, tp: int, limits: BatchingLimits) -> int:
+        """KV blocks that a replica's scheduler can hand out."""
+        return self.memory(tp, limits).num_blocks if self.num_blocks is None else self.num_blocks
+
+    def replica_limits(self, plan: Plan) -> Limits:
+        """Limits of one replica of ``plan`` as the simulator takes them."""
+        return Limits(
+            max_num_seqs=plan.limits.max_num_seqs,
+            max_num_batched_tokens=plan.limits.max_num_batched_tokens,
+            num_blocks=self.blocks(plan.tp, plan.limits),
+            block_tokens=self.memory_rules.block_tokens,
+            reserve_full_prompt=self.engine.reserve_full_prompt,
+            ingress_s=self.ingress_s,
+        )
+
+    def start(self, plan: Plan, *, record_gaps: bool = False) -> Run:
+        """A fresh run of ``plan`` over the workload."""
+        cost = self.compiler.compile(plan.tp, plan.limits)
+        return Run(
+            self.workload,
+            plan.replicas,
+            self.replica_limits(plan),
+            cost,
+            record_gaps=record_gaps,
+        )
+
+    def plan_text(self, plan: Plan) -> str:
+        """Canonical text of ``plan`` under this engine's defaults."""
+        return plan.text(self.default_limits)

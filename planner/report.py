@@ -1,0 +1,243 @@
+"""What a solve or a simulation says: frozen data for programs, rendered elsewhere for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from planner.export.flags import launch_commands
+from simulator.metrics import overloaded, summary
+from simulator.units import GIB
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from planner.problem import Problem
+    from simulator.plan import Plan
+    from simulator.run import RunResult
+
+SCHEMA_VERSION: Final = 1
+_SIGNIFICANT_DIGITS: Final = 10
+"""Digits of a number in JSON: more than any figure means, few enough to agree across CPUs."""
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """The plan as the contract's ``plan`` object.
+
+    ``cost_per_hour`` is in USD, or ``None`` without a price. ``launch`` has one command per
+    replica; ``memory`` is in GiB per device, and its KV tokens count one replica.
+    """
+
+    id: str
+    replicas: int
+    tp: int
+    devices: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    cost_per_hour: float | None
+    memory: Mapping[str, float]
+    launch: tuple[str, ...]
+
+    @classmethod
+    def of(cls, problem: Problem, plan: Plan) -> PlanSummary:
+        """Describe ``plan``."""
+        budget, price = problem.memory(plan.tp, plan.limits), problem.price_per_hour
+        blocks = problem.blocks(plan.tp, plan.limits)
+        return cls(
+            id=problem.plan_text(plan),
+            replicas=plan.replicas,
+            tp=plan.tp,
+            devices=plan.devices,
+            max_num_seqs=plan.limits.max_num_seqs,
+            max_num_batched_tokens=plan.limits.max_num_batched_tokens,
+            cost_per_hour=None if price is None else price * plan.devices,
+            memory={
+                "usable_gib": budget.usable_bytes / GIB,
+                "weights_gib": budget.weight_bytes / GIB,
+                "activations_gib": budget.activation_bytes / GIB,
+                "overhead_gib": (budget.overhead_bytes + budget.graph_bytes) / GIB,
+                "kv_cache_gib": blocks * budget.block_bytes / GIB,
+                "kv_cache_tokens": blocks * problem.memory_rules.block_tokens,
+            },
+            launch=launch_commands(problem, plan),
+        )
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A runner-up.
+
+    Parameters
+    ----------
+    id, devices
+        The plan.
+    value
+        Its simulated objective value, in the report's unit.
+    loss_pct
+        How much worse than the chosen plan, percent of the chosen plan's value.
+    breaks
+        Constraints that it breaks, for which it is no candidate.
+    """
+
+    id: str
+    devices: int
+    value: float
+    loss_pct: float
+    breaks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ObjectiveSummary:
+    """What was optimised and the value reached."""
+
+    name: str
+    sense: str
+    value: float
+    unit: str
+    tie_break: str
+
+
+@dataclass(frozen=True)
+class SearchSummary:
+    """How the answer was reached.
+
+    Parameters
+    ----------
+    space, feasible
+        Plans of the grid, and those that can run.
+    excluded_by_rule
+        Plans per rule that excludes them.
+    excluded_by_bound
+        Plans whose bound alone rules them out, never simulated.
+    aborted, identical, simulated
+        Plans stopped when their bound passed the best value, settled by a run identical to
+        theirs, and simulated to the end.
+    breaks_slo
+        Plans proved to break a constraint.
+    iterations
+        Iterations simulated by the search.
+    exhaustive
+        With ``--exhaustive``: iterations of simulating every plan, of the distinct trajectories
+        among them, the share that the search needed of the latter, and whether both name the
+        same plan with the same value.
+    """
+
+    space: int
+    feasible: int
+    excluded_by_rule: Mapping[str, int]
+    excluded_by_bound: int
+    aborted: int
+    identical: int
+    simulated: int
+    breaks_slo: int
+    iterations: int
+    exhaustive: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Answer of a solve.
+
+    Parameters
+    ----------
+    status
+        ``optimal`` (proved), ``feasible`` (stopped by a limit) or ``infeasible`` (proved).
+    plan, objective, metrics
+        The plan, its value and its behaviour; ``None`` or empty where infeasible.
+    bound, gap
+        Value that no plan can beat, in the objective's unit, and relative distance to it.
+    alternatives
+        Runners-up, best first.
+    search, provenance, warnings
+        How it was found, from what data, and what to know about it.
+    infeasible
+        ``reason`` and ``relaxation`` where infeasible.
+    deterministic
+        False only where a time limit or Ctrl-C stopped the search.
+    """
+
+    status: str
+    plan: PlanSummary | None
+    objective: ObjectiveSummary | None
+    bound: float | None
+    gap: float | None
+    metrics: Mapping[str, float]
+    alternatives: tuple[Alternative, ...]
+    search: SearchSummary
+    provenance: Mapping[str, object]
+    warnings: tuple[str, ...]
+    infeasible: Mapping[str, str] | None = None
+    deterministic: bool = True
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, keys as in the contract; numbers rounded to ten digits."""
+        data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return data
+
+    def to_json(self) -> str:
+        """Canonical JSON text: equal reports give equal bytes."""
+        return dump_json(self.to_dict())
+
+
+@dataclass(frozen=True)
+class SimulationReport:
+    """Answer of a simulation of one plan."""
+
+    plan: PlanSummary
+    metrics: Mapping[str, float]
+    breaks: tuple[str, ...]
+    provenance: Mapping[str, object]
+    warnings: tuple[str, ...]
+    status: str = "simulated"
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; numbers rounded to ten digits."""
+        data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return data
+
+    def to_json(self) -> str:
+        """Canonical JSON text."""
+        return dump_json(self.to_dict())
+
+
+def run_metrics(problem: Problem, plan: Plan, result: RunResult) -> dict[str, float]:
+    """Metrics of a finished run, with what it used of its limits and what it costs."""
+    usage = result.usage
+    out = summary(
+        result.values,
+        problem.workload,
+        result.makespan_s,
+        result.gaps,
+        problem.goodput_limits_s,
+    )
+    out["preemptions"] = result.preemptions
+    out["iterations"] = result.iterations
+    out["peak_running"] = usage.seats
+    out["peak_kv_usage"] = usage.blocks / problem.blocks(plan.tp, plan.limits)
+    out["overloaded"] = overloaded(result.values, result.arrival_s)
+    if problem.price_per_hour is not None:
+        tokens_per_hour = out["output_throughput"] * 3600
+        cost = problem.price_per_hour * plan.devices
+        out["cost_per_million_output_tokens"] = cost / tokens_per_hour * 1e6
+    return out
+
+
+def dump_json(data: object) -> str:
+    """Indented JSON with sorted keys and a final newline."""
+    return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, floats rounded, everything else as it is."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.{_SIGNIFICANT_DIGITS}g}")
+    return value

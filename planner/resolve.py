@@ -1,0 +1,251 @@
+"""From scenario to problem: look up every fact that the scenario names."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from planner import __version__
+from planner.errors import InputError
+from planner.io.engines import load_engine
+from planner.io.hf_config import read_model
+from planner.io.profiles import kernel_table_digest, load_device, load_kernel_table
+from planner.io.traces import read_trace, rescale
+from planner.objective import Constraint, Objective
+from planner.problem import Problem, SearchLimits, SearchSpace
+from simulator.memory import MemoryRules
+from simulator.plan import BatchingLimits
+from simulator.timing import CostCompiler, HostConstants
+from simulator.units import MS_PER_S
+from simulator.workload import Workload, poisson_arrivals_s, uniform_lengths
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from planner.scenario import Scenario
+    from simulator.device import Device
+    from simulator.model import ModelShape
+
+    Ints = npt.NDArray[np.int64]
+
+SEMANTICS_VERSION = 1
+"""Version of what a simulated run means; figures of different versions do not compare."""
+
+
+def resolve(scenario: Scenario) -> Problem:
+    """Look up model, device, engine, kernel times and trace, and check that they fit together.
+
+    Raises
+    ------
+    InputError
+        When a name is unknown, a file is bad, or two parts contradict each other.
+    """
+    spec, pool, source = scenario.engine, scenario.cluster.pools[0], scenario.source
+    model = read_model(
+        scenario.model.config,
+        base_dir=scenario.base_dir,
+        weight_dtype=scenario.model.weight_dtype,
+        kv_cache_dtype=scenario.model.kv_cache_dtype,
+        max_model_len=scenario.model.max_model_len,
+        source=source,
+    )
+    max_model_len = _max_model_len(scenario, model)
+    device = _device(scenario)
+    engine = load_engine(spec.name, spec.version, source=source)
+    table = load_kernel_table(device.name, engine.name, engine.kernel_table_version)
+    defaults = engine.default_limits(device)
+    space = _space(scenario)
+    workload, digest, warnings = _workload(scenario, max_model_len)
+    price = device.price_per_hour if pool.price_per_hour is None else pool.price_per_hour
+    host = HostConstants() if spec.calibration == "none" else engine.host
+    if spec.calibration == "none":
+        warnings.append("engine.calibration is none: kernel tables alone, without host time")
+    else:
+        warnings.extend(engine.warnings)
+    compiler = CostCompiler(
+        model,
+        device,
+        table,
+        host,
+        engine.graphs,
+        nccl_all_reduce_from_bytes=engine.nccl_all_reduce_from_bytes,
+        max_tokens=max(*space.max_num_batched_tokens, defaults.max_num_batched_tokens),
+        max_seqs=max(*space.max_num_seqs, defaults.max_num_seqs),
+        max_context=max_model_len,
+    )
+    return Problem(
+        source=source,
+        model=model,
+        device=device,
+        engine=engine,
+        num_devices=pool.num_devices,
+        devices_per_node=pool.devices_per_node,
+        price_per_hour=price,
+        memory_rules=MemoryRules(
+            memory_fraction=spec.gpu_memory_utilization or engine.memory_fraction,
+            overhead_bytes=engine.overhead_bytes,
+            graph_bytes=engine.graph_bytes,
+            block_tokens=spec.block_size or engine.block_tokens,
+        ),
+        num_blocks=spec.num_gpu_blocks,
+        max_model_len=max_model_len,
+        workload=workload,
+        default_limits=BatchingLimits(
+            spec.max_num_seqs or defaults.max_num_seqs,
+            spec.max_num_batched_tokens or defaults.max_num_batched_tokens,
+        ),
+        compiler=compiler,
+        ingress_s=host.ingress_s,
+        space=space,
+        search_limits=SearchLimits(scenario.search.time_limit_s, scenario.search.work_limit),
+        objective=Objective(scenario.objective.name, int(workload.output_tokens.sum())),
+        constraints=_constraints(scenario),
+        goodput_limits_s=_goodput_limits_s(scenario),
+        provenance={
+            "planner": __version__,
+            "semantics": SEMANTICS_VERSION,
+            "scenario": _digest(scenario.model_dump(mode="json")),
+            "workload": digest,
+            "kernel_table": {
+                "device": table.device,
+                "engine": table.engine,
+                "version": table.engine_version,
+                "sha256": kernel_table_digest(table.device, table.engine, table.engine_version),
+            },
+            "engine": {
+                "name": engine.name,
+                "version": engine.version,
+                "host": dataclasses.asdict(host),
+            },
+        },
+        warnings=tuple(warnings),
+    )
+
+
+def _device(scenario: Scenario) -> Device:
+    """The pool's device; an unknown name is the scenario's error, not the catalogue's."""
+    name = scenario.cluster.pools[0].device
+    try:
+        return load_device(name)
+    except InputError as error:
+        raise InputError(
+            source=scenario.source, field="cluster.pools.0.device", value=name, rule=error.rule
+        ) from None
+
+
+def _max_model_len(scenario: Scenario, model: ModelShape) -> int:
+    asked = scenario.model.max_model_len
+    if asked is not None and asked > model.max_position_embeddings:
+        raise InputError(
+            source=scenario.source,
+            field="model.max_model_len",
+            value=asked,
+            rule=f"must be at most {model.max_position_embeddings}, what the checkpoint supports",
+        )
+    return asked or model.max_position_embeddings
+
+
+def _space(scenario: Scenario) -> SearchSpace:
+    pool, spec, engine = scenario.cluster.pools[0], scenario.search.space, scenario.engine
+    return SearchSpace(
+        tp=spec.tp or tuple(range(1, pool.devices_per_node + 1)),
+        replicas=spec.replicas or tuple(range(1, pool.num_devices + 1)),
+        max_num_seqs=(engine.max_num_seqs,) if engine.max_num_seqs else spec.max_num_seqs,
+        max_num_batched_tokens=(engine.max_num_batched_tokens,)
+        if engine.max_num_batched_tokens
+        else spec.max_num_batched_tokens,
+    )
+
+
+def _workload(scenario: Scenario, max_model_len: int) -> tuple[Workload, str, list[str]]:
+    """The requests, a digest of where they come from, and what a reader must know of them."""
+    spec, seed = scenario.workload, scenario.search.seed
+    warnings: list[str] = []
+    if spec.trace is not None:
+        trace = read_trace(
+            scenario.find(spec.trace), source=spec.trace, num_requests=spec.num_requests
+        )
+        prompt, output, arrival = trace.prompt_tokens, trace.output_tokens, trace.arrival_s
+        skipped = sum(trace.rows_skipped.values())
+        if skipped:
+            reasons = ", ".join(f"{n} with {why}" for why, n in sorted(trace.rows_skipped.items()))
+            warnings.append(f"trace: {skipped} of {trace.rows_read} rows skipped ({reasons})")
+        digest = trace.sha256
+    else:
+        prompt, output = _drawn_lengths(scenario)
+        arrival = np.zeros(len(prompt))
+        digest = _digest([spec.model_dump(mode="json"), seed])
+    mode = spec.arrival_mode
+    if mode in ("closed_loop", "all_at_once"):
+        arrival = np.zeros(len(prompt))
+    elif mode == "poisson" and spec.request_rate is not None:
+        arrival = poisson_arrivals_s(len(prompt), spec.request_rate, seed)
+    elif spec.request_rate is not None:
+        arrival = rescale(arrival, spec.request_rate, source=spec.trace or scenario.source)
+    _check_lengths(scenario, prompt, max_model_len)
+    room = max_model_len - prompt
+    cut = int((output > room).sum())
+    if cut:
+        warnings.append(
+            f"{cut} of {len(prompt)} outputs are cut: prompt and output exceed max_model_len "
+            f"({max_model_len}), where the engine stops generating"
+        )
+    workload = Workload(arrival, prompt, np.minimum(output, room), spec.concurrency or 0)
+    return workload, digest, warnings
+
+
+def _drawn_lengths(scenario: Scenario) -> tuple[Ints, Ints]:
+    spec = scenario.workload
+    if spec.input_tokens is None or spec.output_tokens is None or spec.num_requests is None:
+        raise AssertionError("the scenario's own checks require lengths without a trace")
+    rng = np.random.default_rng(scenario.search.seed)
+    prompt = uniform_lengths(spec.num_requests, spec.input_tokens.min, spec.input_tokens.max, rng)
+    output = uniform_lengths(spec.num_requests, spec.output_tokens.min, spec.output_tokens.max, rng)
+    return prompt, output
+
+
+def _check_lengths(scenario: Scenario, prompt: Ints, max_model_len: int) -> None:
+    """Refuse a prompt that leaves no room for a token: the engine rejects such a request."""
+    if int(prompt.max()) < max_model_len:
+        return
+    request = int(np.argmax(prompt >= max_model_len))
+    field = "workload.trace" if scenario.workload.trace else "workload.input_tokens"
+    raise InputError(
+        source=scenario.source,
+        field=field,
+        value=int(prompt[request]),
+        rule=(
+            f"prompt tokens of request {request + 1} must be below max_model_len "
+            f"({max_model_len}): raise model.max_model_len or leave the request out"
+        ),
+    )
+
+
+def _constraints(scenario: Scenario) -> tuple[Constraint, ...]:
+    if scenario.slo is None:
+        return ()
+    return tuple(
+        Constraint(name.removesuffix("_ms"), statistic, limit_ms)
+        for name, limits in scenario.slo
+        if limits is not None
+        for statistic, limit_ms in limits.items()
+    )
+
+
+def _goodput_limits_s(scenario: Scenario) -> dict[str, float]:
+    if scenario.goodput is None:
+        return {}
+    return {
+        name.removesuffix("_ms"): limit_ms / MS_PER_S
+        for name, limit_ms in scenario.goodput
+        if limit_ms is not None
+    }
+
+
+def _digest(data: object) -> str:
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,367 @@
+"""Sections of a scenario, each with the rules that concern it alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from planner.scenario_errors import refuse
+
+MAX_INT = 2**31 - 1
+"""Largest count or token number: what the solver's and numpy's 32-bit fields can hold."""
+
+MAX_REQUESTS = 10_000_000
+"""Largest workload, requests: beyond it a simulation no longer fits in memory."""
+
+Count = Annotated[int, Field(strict=True, gt=0, le=MAX_INT)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0, le=1e12, allow_inf_nan=False)]
+
+
+def _check_rate(rate: float) -> float:
+    if rate < 1e-6:
+        refuse("must be at least 1e-06 requests per second, one request in 11 days")
+    return rate
+
+
+def _check_values(values: tuple[int, ...]) -> tuple[int, ...]:
+    if not values:
+        refuse("must list at least one value")
+    for value in values:
+        if values.count(value) > 1:
+            refuse(f"lists {value} twice")
+    # Sorted, so that the order in which a user writes the values cannot change an answer.
+    return tuple(sorted(values))
+
+
+Values = Annotated[tuple[Count, ...], AfterValidator(_check_values)]
+Rate = Annotated[PositiveFloat, AfterValidator(_check_rate)]
+
+
+class Section(BaseModel):
+    """A part of the scenario: immutable, and closed to fields that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSpec(Section):
+    """The checkpoint to serve."""
+
+    config: Annotated[str, Field(min_length=1)]
+    """Name in the catalogue, or path to a ``config.json`` relative to the scenario."""
+    weight_dtype: Literal["bf16", "fp8"] | None = None
+    """Dtype of the projections; ``None``: the checkpoint's own."""
+    kv_cache_dtype: Literal["auto", "bf16", "fp8"] = "auto"
+    """Dtype of the KV cache; ``auto`` is the engine's choice, bf16 for these models."""
+    max_model_len: Count | None = None
+    """Longest request served, tokens; ``None``: what the checkpoint supports."""
+
+
+class PoolSpec(Section):
+    """Devices of one type."""
+
+    device: Annotated[str, Field(min_length=1)]
+    """Name in the device catalogue."""
+    nodes: Count
+    """Number of machines."""
+    devices_per_node: Count
+    """Devices in each machine."""
+    interconnect: Annotated[str, Field(min_length=1)] | None = None
+    """Network between the machines."""
+    price_per_hour: (
+        Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)] | None
+    ) = None
+    """USD per device and hour; ``None``: the device catalogue's price."""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in the whole pool."""
+        return self.nodes * self.devices_per_node
+
+
+def _check_pools(pools: tuple[PoolSpec, ...]) -> tuple[PoolSpec, ...]:
+    if not pools:
+        refuse("must list one pool of devices, and lists none")
+    if len(pools) > 1:
+        refuse(
+            f"lists {len(pools)} pools; this version plans over exactly one: "
+            "write one scenario per pool",
+            show=False,
+        )
+    return pools
+
+
+class ClusterSpec(Section):
+    """The hardware that a plan may use."""
+
+    pools: Annotated[tuple[PoolSpec, ...], AfterValidator(_check_pools)]
+    """Pools of devices; exactly one in this version."""
+
+
+class EngineSpec(Section):
+    """The serving engine and the settings that the planner shall not choose itself."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """Engine, for example ``vllm``."""
+    version: Annotated[str, Field(min_length=1)]
+    """Its version, as text."""
+    gpu_memory_utilization: (
+        Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None
+    ) = None
+    """Fraction of device memory that the engine may claim; ``None``: its default."""
+    block_size: Count | None = None
+    """Tokens per KV block; ``None``: the engine's default."""
+    num_gpu_blocks: Count | None = None
+    """Measured number of KV blocks, used instead of the memory model."""
+    max_num_seqs: Count | None = None
+    """Pins the largest number of running sequences."""
+    max_num_batched_tokens: Count | None = None
+    """Pins the token budget of one iteration."""
+    calibration: Literal["none"] | None = None
+    """``none`` switches the fitted host terms off: kernel tables alone."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EngineSpec:
+        tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
+        if tokens is not None and seqs is not None and tokens < seqs:
+            refuse(
+                f"must be at least max_num_seqs ({seqs}), or the engine does not start",
+                at="max_num_batched_tokens",
+                value=tokens,
+            )
+        return self
+
+
+class LengthRange(Section):
+    """Uniform distribution of a length, tokens, both ends included."""
+
+    min: Count
+    """Shortest, tokens."""
+    max: Count
+    """Longest, tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LengthRange:
+        if self.min > self.max:
+            refuse(f"must not be above max ({self.max})", at="min", value=self.min)
+        return self
+
+
+def _spread(value: Any) -> Any:
+    """Read a plain number as the range that holds only it."""
+    if isinstance(value, (dict, LengthRange)):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_INT:
+        return {"min": value, "max": value}
+    return refuse("must be a whole number of tokens greater than 0, or {min: ..., max: ...}")
+
+
+Length = Annotated[
+    LengthRange,
+    BeforeValidator(_spread),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {
+                    "type": "object",
+                    "properties": {k: {"type": "integer", "minimum": 1} for k in ("min", "max")},
+                    "required": ["min", "max"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+
+ArrivalMode = Literal["trace", "poisson", "closed_loop", "all_at_once"]
+
+
+class WorkloadSpec(Section):
+    """The requests to serve: their lengths, and when they arrive."""
+
+    trace: Annotated[str, Field(min_length=1)] | None = None
+    """Path of a trace; gives lengths, and arrival times unless stated otherwise here."""
+    input_tokens: Length | None = None
+    """Prompt length, tokens, in place of a trace."""
+    output_tokens: Length | None = None
+    """Output length, tokens, in place of a trace."""
+    num_requests: Annotated[int, Field(strict=True, gt=0, le=MAX_REQUESTS)] | None = None
+    """Requests to draw, or to take from the start of the trace (``None``: all of it)."""
+    request_rate: Rate | None = None
+    """Mean arrivals per second; with a trace's own arrivals: rescales them, bursts kept."""
+    arrival: Literal["poisson", "all_at_once"] | None = None
+    """Arrival process in place of the trace's own times."""
+    concurrency: Count | None = None
+    """Closed loop: this many requests in flight, the next sent as one completes."""
+
+    @property
+    def arrival_mode(self) -> ArrivalMode:
+        """How requests arrive, one word for the four combinations of fields."""
+        if self.concurrency is not None:
+            return "closed_loop"
+        return self.arrival or "trace"
+
+    @model_validator(mode="after")
+    def _check(self) -> WorkloadSpec:
+        self._check_lengths()
+        if self.concurrency is not None and self.arrival is not None:
+            refuse(
+                "cannot be combined with arrival: a closed loop sends on completion",
+                at="concurrency",
+                value=self.concurrency,
+            )
+        mode = self.arrival_mode
+        if mode in ("closed_loop", "all_at_once") and self.request_rate is not None:
+            other = "concurrency" if mode == "closed_loop" else "arrival: all_at_once"
+            refuse(
+                f"cannot be combined with {other}, which fixes when requests are sent",
+                at="request_rate",
+                value=self.request_rate,
+            )
+        if mode == "poisson" and self.request_rate is None:
+            refuse("is required with arrival: poisson (requests per second)", at="request_rate")
+        return self
+
+    def _check_lengths(self) -> None:
+        drawn = [n for n in ("input_tokens", "output_tokens") if getattr(self, n) is not None]
+        if self.trace is not None and drawn:
+            refuse(f"cannot be combined with {drawn[0]}: give one", at="trace", value=self.trace)
+        if self.trace is None:
+            if not drawn:
+                refuse("needs lengths: give trace, or input_tokens and output_tokens")
+            for name in ("input_tokens", "output_tokens", "num_requests"):
+                if getattr(self, name) is None:
+                    refuse("is required where lengths are not from a trace", at=name)
+            if self.arrival is None and self.concurrency is None:
+                refuse(
+                    "does not say when requests arrive: add arrival: poisson with request_rate, "
+                    "arrival: all_at_once, or concurrency"
+                )
+
+
+class Limits(Section):
+    """Upper limits on statistics of one latency over the run, milliseconds."""
+
+    mean: PositiveFloat | None = None
+    """Limit on the mean, milliseconds."""
+    p50: PositiveFloat | None = None
+    """Limit on the median, milliseconds."""
+    p90: PositiveFloat | None = None
+    """Limit on the 90th percentile, milliseconds."""
+    p95: PositiveFloat | None = None
+    """Limit on the 95th percentile, milliseconds."""
+    p99: PositiveFloat | None = None
+    """Limit on the 99th percentile, milliseconds."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Limits:
+        if not self.items():
+            refuse("sets no limit: name a statistic, such as {p99: 2000}, or remove it")
+        return self
+
+    def items(self) -> tuple[tuple[str, float], ...]:
+        """Limits that are set, as (statistic, milliseconds)."""
+        return tuple((k, v) for k, v in self if v is not None)
+
+
+class SloSpec(Section):
+    """Constraints on statistics over the run."""
+
+    ttft_ms: Limits | None = None
+    """Time to first token, queueing included."""
+    tpot_ms: Limits | None = None
+    """Time per output token after the first."""
+    e2e_ms: Limits | None = None
+    """Time from arrival to the last token."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SloSpec:
+        if all(limits is None for _, limits in self):
+            refuse("sets no limit: name ttft_ms, tpot_ms or e2e_ms, or remove it")
+        return self
+
+
+class GoodputSpec(Section):
+    """Limits on each request; goodput counts the requests that meet all of them."""
+
+    ttft_ms: PositiveFloat | None = None
+    """Time to first token, milliseconds."""
+    tpot_ms: PositiveFloat | None = None
+    """Time per output token after the first, milliseconds."""
+    e2e_ms: PositiveFloat | None = None
+    """Time from arrival to the last token, milliseconds."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GoodputSpec:
+        if all(limit is None for _, limit in self):
+            refuse("sets no limit: name ttft_ms, tpot_ms or e2e_ms, or remove it")
+        return self
+
+
+class ObjectiveSpec(Section):
+    """The one quantity to optimise."""
+
+    minimize: (
+        Literal["mean_ttft", "p99_ttft", "mean_tpot", "p99_tpot", "mean_e2e", "p99_e2e", "devices"]
+        | None
+    ) = None
+    """Quantity to make as small as possible."""
+    maximize: Literal["throughput"] | None = None
+    """Quantity to make as large as possible."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveSpec:
+        if (self.minimize is None) == (self.maximize is None):
+            both = self.minimize is not None
+            refuse(
+                "names both minimize and maximize: keep one"
+                if both
+                else "names no quantity: write minimize: ... or maximize: throughput"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The quantity, for example ``mean_e2e``."""
+        return str(self.minimize or self.maximize)
+
+    @property
+    def is_maximized(self) -> bool:
+        """Whether larger is better."""
+        return self.maximize is not None
+
+
+class SpaceSpec(Section):
+    """Values that the search may choose from; each list is kept in ascending order."""
+
+    tp: Values | None = None
+    """Tensor-parallel sizes; ``None``: every size that the engine and the model allow."""
+    replicas: Values | None = None
+    """Replica counts; ``None``: every count that the devices allow."""
+    max_num_seqs: Values = (16, 32, 64, 128, 256, 512, 1024)
+    """Limits on running sequences."""
+    max_num_batched_tokens: Values = (512, 1024, 2048, 4096, 8192, 16384)
+    """Token budgets of one iteration."""
+
+
+class SearchSpec(Section):
+    """How long to search, and where."""
+
+    time_limit_s: PositiveFloat = 60.0
+    """Wall-clock limit, seconds."""
+    work_limit: Annotated[int, Field(strict=True, gt=0, le=2**62)] | None = None
+    """Limit on simulated iterations, which unlike a time limit stops at the same place
+    everywhere."""
+    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_INT)] = 0
+    """Seed of drawn arrivals and lengths."""
+    space: SpaceSpec = SpaceSpec()
+    """Values to choose from."""

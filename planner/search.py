@@ -1,0 +1,362 @@
+"""The search: simulate in order of bound, feed values back, stop when nothing can win."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from planner.bounds import CostFloors, run_bounds
+from planner.candidates import Candidate, Fate, Trace
+from planner.cpsat.model import MasterStatus, solve_master
+from planner.cpsat.variables import ReplicaClass
+from planner.errors import PlannerError
+from planner.objective import Outcome
+from planner.space import can_launch, enumerate_space
+from simulator.memory import NULL_BLOCKS
+from simulator.plan import BatchingLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from planner.objective import Constraint, Score
+    from planner.problem import Problem
+    from planner.space import Space
+    from simulator.plan import Plan
+    from simulator.run import Run, RunResult
+
+_CHECK_EVERY: Final = 2048
+"""Iterations between two looks at a run's bound; about 1 ms of simulation, ten looks' worth."""
+
+_UNKNOWN_SCORE: Final = (0, 0)
+
+
+class Scorer(Protocol):
+    """What orders plans: an :class:`~planner.objective.Objective` or a stand-in."""
+
+    def score(self, outcome: Outcome) -> Score:
+        """Score of a run, or a lower bound on the score of everything ``outcome`` bounds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a search stands.
+
+    Parameters
+    ----------
+    incumbent
+        Best plan so far, or ``None``.
+    score
+        Its score.
+    bound
+        Primary score that no plan can beat.
+    plans_left
+        Plans not settled.
+    iterations
+        Iterations simulated.
+    """
+
+    incumbent: Plan | None
+    score: Score | None
+    bound: int | None
+    plans_left: int
+    iterations: int
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Parameters
+    ----------
+    space
+        The plan space.
+    best
+        The best plan, or ``None``.
+    candidates
+        Every plan that can run, in canonical tie order.
+    proved
+        Whether nothing left can beat ``best``, or, without one, whether none is feasible.
+    bound
+        Primary score that no feasible plan can beat, or ``None`` without a feasible plan.
+    iterations
+        Iterations simulated.
+    stopped_by
+        ``time_limit``, ``work_limit``, ``interrupt``, or ``None``.
+    """
+
+    space: Space
+    best: Candidate | None
+    candidates: tuple[Candidate, ...]
+    proved: bool
+    bound: int | None
+    iterations: int
+    stopped_by: str | None
+
+    def count(self, fate: Fate) -> int:
+        """Plans settled in this way."""
+        return sum(c.fate is fate for c in self.candidates)
+
+
+class _LimitReachedError(Exception):
+    """A limit was reached."""
+
+
+@dataclass
+class Search:
+    """One search over one problem.
+
+    Parameters
+    ----------
+    problem
+        What is searched.
+    scorer
+        What orders plans.
+    constraints
+        What a plan must keep.
+    exhaustive
+        Simulate every plan to the end: no bound, no early stop, no shared run.
+    on_progress
+        Called after each plan is settled.
+    """
+
+    problem: Problem
+    scorer: Scorer
+    constraints: tuple[Constraint, ...] = ()
+    exhaustive: bool = False
+    on_progress: Callable[[Progress], None] | None = None
+    _best: Candidate | None = field(default=None, init=False)
+    _candidates: tuple[Candidate, ...] = field(default=(), init=False)
+    _iterations: int = field(default=0, init=False)
+    _deadline_s: float = field(default=float("inf"), init=False)
+    _floors: dict[tuple[int, BatchingLimits], CostFloors] = field(default_factory=dict, init=False)
+
+    def run(self) -> SearchResult:
+        """Search until the proof closes or a limit stops it."""
+        self._deadline_s = time.monotonic() + self.problem.search_limits.time_limit_s
+        space = enumerate_space(self.problem)
+        self._candidates = tuple(
+            Candidate(plan, rank, _UNKNOWN_SCORE) for rank, plan in enumerate(space.plans)
+        )
+        stopped_by = None
+        try:
+            for candidate in self._candidates:
+                self._bound(candidate)
+            self._close()
+        except _LimitReachedError as stop:
+            stopped_by = str(stop)
+        except KeyboardInterrupt:
+            stopped_by = "interrupt"
+        return self._result(space, stopped_by)
+
+    # -- the loop
+
+    def _close(self) -> None:
+        """Alternate master and simulation until the master's choice is a simulated plan."""
+        while True:
+            chosen = self._solve_master()
+            if chosen is None or chosen.exact:
+                return
+            # The master names the most promising plan; all that could still beat what is known
+            # are settled before it is asked again, for one solve costs many simulations.
+            for candidate in sorted(self._open(), key=lambda c: c.key):
+                if self._beats_best(candidate):
+                    self._evaluate(candidate)
+
+    def _open(self) -> list[Candidate]:
+        return [c for c in self._candidates if c.fate is Fate.OPEN]
+
+    def _beats_best(self, candidate: Candidate) -> bool:
+        """Whether ``candidate``, still open, might be better than the best plan known."""
+        if candidate.fate is not Fate.OPEN:
+            return False
+        return self.exhaustive or self._best is None or candidate.key < self._best.key
+
+    def _solve_master(self) -> Candidate | None:
+        """The column of least value, or ``None`` if no column keeps every rule."""
+        classes = _master_classes(self.problem)
+        index = {(c.tp, c.limits): i for i, c in enumerate(classes)}
+        columns = {(index[c.plan.tp, c.plan.limits], c.plan.replicas): c for c in self._candidates}
+        levels = [
+            {k: c.score[0] for k, c in columns.items()},
+            {k: c.score[1] for k, c in columns.items()},
+            {k: c.rank for k, c in columns.items()},
+        ]
+        forbidden = [k for k, c in columns.items() if c.fate is Fate.BREAKS_SLO]
+        result = solve_master(classes, self.problem.num_devices, levels, forbidden)
+        if result.status is MasterStatus.UNKNOWN:
+            raise _LimitReachedError("master_limit")
+        if result.column is None:
+            return None
+        if result.column not in columns:
+            raise PlannerError(
+                f"the master chose {classes[result.column[0]]}, which the rules exclude"
+            )
+        return columns[result.column]
+
+    # -- one plan
+
+    def _bound(self, candidate: Candidate) -> None:
+        """Give ``candidate`` the bound that holds before anything is simulated."""
+        self._check_limits()
+        if self.exhaustive:
+            return
+        outcome = self._lower(self.problem.start(candidate.plan), candidate.plan)
+        candidate.score = self.scorer.score(outcome)
+        self._note_broken(candidate, outcome)
+
+    def _evaluate(self, candidate: Candidate) -> None:
+        """Simulate ``candidate`` until it is finished or cannot win."""
+        run = self.problem.start(candidate.plan)
+        done = False
+        try:
+            while not done:
+                done = run.advance(_CHECK_EVERY)
+                if not done:
+                    self._check_limits(run.iterations)
+                    if not self.exhaustive and self._settle_early(candidate, run):
+                        break
+        finally:
+            candidate.iterations = run.iterations
+            self._iterations += run.iterations
+        if done:
+            self._settle(candidate, run.result())
+        if not self.exhaustive:
+            self._settle_twins(candidate, run)
+        self._report()
+
+    def _settle_early(self, candidate: Candidate, run: Run) -> bool:
+        """Whether the run's bound already rules ``candidate`` out."""
+        outcome = self._lower(run, candidate.plan)
+        score = self.scorer.score(outcome)
+        candidate.score = max(candidate.score, score)
+        if self._note_broken(candidate, outcome):
+            return True
+        if self._best is not None and candidate.key > self._best.key:
+            candidate.fate = Fate.ABORTED
+            return True
+        return False
+
+    def _settle(self, candidate: Candidate, result: RunResult) -> None:
+        """Record a finished run."""
+        outcome = Outcome.of(result, candidate.plan.devices)
+        candidate.result = result
+        candidate.score = self.scorer.score(outcome)
+        candidate.exact = True
+        if self._note_broken(candidate, outcome):
+            return
+        candidate.fate = Fate.SIMULATED
+        self._offer(candidate)
+
+    def _settle_twins(self, candidate: Candidate, run: Run) -> None:
+        """Give what was learnt of ``candidate`` to the plans that run exactly alike."""
+        trace = Trace(candidate.plan, run.limits, run.cost, run.usage())
+        for other in self._open():
+            limits = self.problem.replica_limits(other.plan)
+            cost = self.problem.compiler.compile(other.plan.tp, other.plan.limits)
+            if not trace.same_for(other.plan, limits, cost):
+                continue
+            if candidate.exact:
+                other.twin, other.score, other.exact = candidate.plan, candidate.score, True
+                other.fate, other.broken = candidate.fate, candidate.broken
+                if candidate.fate is Fate.SIMULATED:
+                    other.fate = Fate.IDENTICAL
+                    self._offer(other)
+                continue
+            # The same prefix, but the rest of its run has its own limits and so its own bound.
+            outcome = self._lower(run, other.plan)
+            other.score = max(other.score, self.scorer.score(outcome))
+            if not self._note_broken(other, outcome) and not self._beats_best(other):
+                other.fate, other.twin = Fate.ABORTED, candidate.plan
+
+    def _offer(self, candidate: Candidate) -> None:
+        if self._best is None or candidate.key < self._best.key:
+            self._best = candidate
+
+    def _note_broken(self, candidate: Candidate, outcome: Outcome) -> bool:
+        """Mark ``candidate`` if ``outcome`` proves that it breaks a constraint."""
+        candidate.broken = tuple(c.name for c in self.constraints if c.is_broken(outcome))
+        if candidate.broken:
+            candidate.fate = Fate.BREAKS_SLO
+        return bool(candidate.broken)
+
+    def _lower(self, run: Run, plan: Plan) -> Outcome:
+        """What a run of ``plan`` that has come as far as ``run`` can do at best."""
+        bounds = run_bounds(run, self._floors_of(plan))
+        return Outcome(bounds.values, bounds.makespan_s, plan.devices, exact=False)
+
+    def _floors_of(self, plan: Plan) -> CostFloors:
+        key = (plan.tp, plan.limits)
+        if key not in self._floors:
+            cost = self.problem.compiler.compile(*key)
+            limits = plan.limits
+            self._floors[key] = CostFloors.of(
+                cost, limits.max_num_batched_tokens, limits.max_num_seqs
+            )
+        return self._floors[key]
+
+    # -- limits and results
+
+    def _check_limits(self, running: int = 0) -> None:
+        """Stop where a limit is reached; ``running`` iterations are not yet counted."""
+        limit = self.problem.search_limits.work_limit
+        if limit is not None and self._iterations + running >= limit:
+            raise _LimitReachedError("work_limit")
+        if time.monotonic() >= self._deadline_s:
+            raise _LimitReachedError("time_limit")
+
+    def _report(self) -> None:
+        if self.on_progress is None:
+            return
+        best = self._best
+        self.on_progress(
+            Progress(
+                incumbent=best.plan if best else None,
+                score=best.score if best else None,
+                bound=self._primary_bound(),
+                plans_left=sum(self._beats_best(c) for c in self._candidates),
+                iterations=self._iterations,
+            )
+        )
+
+    def _primary_bound(self) -> int | None:
+        """Primary score that no feasible plan can beat."""
+        known = [c.score[0] for c in self._open()] + ([self._best.score[0]] if self._best else [])
+        return min(known, default=None)
+
+    def _result(self, space: Space, stopped_by: str | None) -> SearchResult:
+        bound = self._primary_bound()
+        if stopped_by is None:
+            for candidate in self._open():
+                candidate.fate = Fate.BOUNDED
+        return SearchResult(
+            space=space,
+            best=self._best,
+            candidates=self._candidates,
+            proved=stopped_by is None,
+            bound=bound,
+            iterations=self._iterations,
+            stopped_by=stopped_by,
+        )
+
+
+def _master_classes(problem: Problem) -> list[ReplicaClass]:
+    """Classes that the engine can launch; memory and device counts are the master's to judge."""
+    grid = problem.space
+    full_request = -(-problem.max_model_len // problem.memory_rules.block_tokens)
+    classes = []
+    for tp in grid.tp:
+        for seqs in grid.max_num_seqs:
+            for tokens in grid.max_num_batched_tokens:
+                limits = BatchingLimits(seqs, tokens)
+                if not can_launch(problem, tp, limits):
+                    continue
+                budget = problem.memory(tp, limits)
+                blocks = full_request + NULL_BLOCKS
+                need = budget.fixed_bytes + blocks * budget.block_bytes
+                if problem.num_blocks is not None:  # measured: the memory model does not judge
+                    held = problem.num_blocks >= full_request and budget.num_blocks > 0
+                    need = 0 if held else budget.usable_bytes + 1
+                classes.append(ReplicaClass(tp, limits, grid.replicas, need, budget.usable_bytes))
+    return classes

@@ -1,0 +1,1 @@
+"""Shipped facts (devices, models, engines, kernel times) and the programs that make them."""

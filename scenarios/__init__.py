@@ -1,0 +1,1 @@
+"""Bundled scenarios and traces (data only)."""

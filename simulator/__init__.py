@@ -1,0 +1,1 @@
+"""What a plan does: an iteration-level simulator of LLM serving (numpy and numba only)."""

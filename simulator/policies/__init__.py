@@ -1,0 +1,1 @@
+"""Scheduling policies: how an engine forms each iteration, one engine per file."""

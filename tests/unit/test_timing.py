@@ -1,0 +1,290 @@
+"""The iteration cost: closed forms, monotone arrays, graph padding and host terms."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+
+from planner.io.profiles import load_device, load_kernel_table
+from simulator.attention import context_attention_s, generation_attention_s
+from simulator.collectives import all_reduce_s, nccl_s
+from simulator.gemm import gemm_s
+from simulator.interpolate import Provenance
+from simulator.model import ModelShape
+from simulator.ops import (
+    elementwise_bytes_per_token,
+    elementwise_kernels_per_layer,
+    head_gemm,
+    layer_gemms,
+    sampler_bytes_per_sequence,
+)
+from simulator.plan import BatchingLimits
+from simulator.timing import (
+    CostCompiler,
+    GraphRules,
+    HostConstants,
+    IterationCost,
+    decode_attention_s,
+    graph_sizes,
+    iteration_s,
+)
+from tests.builders import linear_cost
+
+TABLE = load_kernel_table("H100-SXM-80GB", "vllm", "0.24.0")
+DEVICE = load_device("H100-SXM-80GB")
+MODEL = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, False, False, False, 131072)
+GRAPHS = GraphRules(graph_sizes([1, 2, 4], [[8, 248, 8], [256, 512, 16]]), full_decode=True)
+PIECES = GraphRules(GRAPHS.sizes, full_decode=False)
+LIMITS = BatchingLimits(max_num_seqs=256, max_num_batched_tokens=8192)
+WIDTHS = [1, 2, 8]
+CONTEXT = 16_384
+
+
+@lru_cache(maxsize=16)
+def compiler(host: HostConstants = HostConstants(), graphs: GraphRules = GRAPHS) -> CostCompiler:
+    """A compiler of the model on the shipped table."""
+    sizes = {"max_tokens": 8192, "max_seqs": 256, "max_context": CONTEXT}
+    return CostCompiler(MODEL, DEVICE, TABLE, host, graphs, **sizes)
+
+
+def compiled(tp: int, host: HostConstants = HostConstants()) -> IterationCost:
+    """The cost of a replica ``tp`` wide under ``LIMITS``."""
+    return compiler(host).compile(tp, LIMITS)
+
+
+def test_iteration_time_is_the_sum_of_its_parts() -> None:
+    """Every argument contributes its product, worked by hand on a linear cost."""
+    cost = linear_cost(7.0, token_s=0.5, sequence_s=0.25, context_s=0.125)
+    # 7 + 0.5 * 20 tokens + 0.125 * 30 cached tokens + 2 prompt attention + 0.25 * 3 sampled.
+    assert iteration_s(cost, 20, 3, 30, 2.0, 3, True) == 7 + 10 + 3.75 + 2 + 0.75
+    # Without prompt tokens the prompt attention does not count.
+    assert iteration_s(cost, 3, 3, 30, 0.0, 3, False) == 7 + 1.5 + 3.75 + 0.75
+
+
+def test_floors_hold_the_device_time_up_but_not_the_host_time() -> None:
+    """A short iteration takes the floor of its kind, and host terms come on top."""
+    cost = linear_cost(7.0, token_s=0.5, sequence_s=0.25)
+    cost = cost._replace(decode_floor_s=3.0, mixed_floor_s=5.0)
+    assert iteration_s(cost, 2, 2, 2, 0.0, 2, False) == 3 + 7 + 0.5  # 1 < 3
+    assert iteration_s(cost, 8, 8, 8, 0.0, 8, False) == 4 + 7 + 2  # 4 > 3
+    assert iteration_s(cost, 8, 0, 0, 0.5, 1, True) == 5 + 7 + 0.25  # 4.5 < 5
+    assert iteration_s(cost, 8, 0, 0, 2.0, 1, True) == 6 + 7 + 0.25  # 6 > 5
+
+
+def test_decode_attention_between_below_and_beyond_its_knots() -> None:
+    """Straight lines between knots, flat below the first, the last slope beyond the last."""
+    cost = linear_cost()._replace(
+        context_knots=np.array([1.0, 10, 20]),
+        attention_s=np.array([[5.0, 5, 5], [6, 15, 35], [8, 26, 40]]),
+    )
+    assert decode_attention_s(cost, 0, 0) == 5
+    assert decode_attention_s(cost, 1, 1) == 6
+    assert decode_attention_s(cost, 1, 4) == 9  # 6 + 3/9 of 9
+    assert decode_attention_s(cost, 1, 10) == 15
+    assert decode_attention_s(cost, 1, 15) == 25  # halfway to 35
+    assert decode_attention_s(cost, 1, 20) == 35
+    assert decode_attention_s(cost, 1, 30) == 55  # slope 2 goes on
+    assert decode_attention_s(cost, 2, 25) == pytest.approx(29.5)  # mean 12.5: 26 + 0.25 * 14
+
+
+@pytest.mark.parametrize("tp", WIDTHS)
+def test_no_array_ever_falls(tp: int) -> None:
+    """More tokens, sequences or context never cost less, and prompts never cost less than decodes.
+
+    The solver's bounds rest on this.
+    """
+    for graphs in (GRAPHS, PIECES, GraphRules((), full_decode=False)):
+        host = HostConstants(iteration_s=1e-3, sequence_s=1e-5, prefill_multiplier=1.2)
+        cost = compiler(host, graphs).compile(tp, LIMITS)
+        for array in (cost.decode_s, cost.mixed_s, cost.sampled_s, cost.prefill_s):
+            assert (np.diff(array) >= 0).all()
+        assert (np.diff(cost.attention_s, axis=0) >= 0).all()
+        assert (np.diff(cost.attention_s, axis=1) >= 0).all()
+        assert (cost.mixed_s >= cost.decode_s).all()
+        assert (np.diff(cost.context_knots) > 0).all()
+        assert cost.context_knots[0] == 1
+        assert cost.context_knots[-1] >= CONTEXT
+        assert (cost.decode_s[1:] > 0).all()
+
+
+@pytest.mark.parametrize("tp", WIDTHS)
+def test_arrays_have_one_entry_per_count(tp: int) -> None:
+    """Sizes follow the plan's limits, and a narrower plan sees the same values."""
+    cost = compiled(tp)
+    assert cost.decode_s.shape == cost.mixed_s.shape == (8193,)
+    assert cost.sampled_s.shape == (257,)
+    assert cost.attention_s.shape == (257, len(cost.context_knots))
+    assert cost.prefill_s.shape == (CONTEXT + 1,)
+    narrow = compiler().compile(tp, BatchingLimits(64, 2048))
+    assert narrow.sampled_s.tolist() == cost.sampled_s[:65].tolist()
+    assert np.array_equal(narrow.attention_s, cost.attention_s[:65])
+    assert np.array_equal(narrow.prefill_s, cost.prefill_s)
+
+
+@pytest.mark.parametrize("tp", WIDTHS)
+def test_decode_attention_is_within_one_percent_of_the_tables(tp: int) -> None:
+    """Between knots the straight line differs by less than 1 % from the interpolated kernel."""
+    cost = compiled(tp)
+    contexts = np.unique(np.geomspace(1, CONTEXT, 150).astype(int))
+    batches = np.array([1, 2, 3, 5, 8, 13, 32, 100, 200, 256])
+    heads, kv_heads = MODEL.heads_per_rank(tp), MODEL.kv_heads_per_rank(tp)
+    kernel_s, _ = generation_attention_s(
+        TABLE, DEVICE, "bf16", 128, heads, kv_heads, batches, contexts
+    )
+    for b, row in zip(batches.tolist(), MODEL.num_layers * kernel_s, strict=True):
+        got = np.array([decode_attention_s(cost, b, b * c) for c in contexts.tolist()])
+        # The launch of an attention kernel (row 0) is the least that any batch takes.
+        expected = np.maximum(row, cost.attention_s[0, 0])
+        np.testing.assert_allclose(got, expected, rtol=0.01)
+
+
+def own_linear_s(tp: int, tokens: int, backend: str) -> float:
+    """Time of all layers without attention, put together operator by operator."""
+    layer = sum(
+        float(gemm_s(TABLE, DEVICE, op.dtype, [tokens], op.n, op.k)[0][0])
+        for op in layer_gemms(MODEL, tp)
+    )
+    layer += elementwise_kernels_per_layer(MODEL) * DEVICE.elementwise_launch_s
+    layer += elementwise_bytes_per_token(MODEL, tp) * tokens / DEVICE.elementwise_bytes_per_s
+    elements = [tokens * MODEL.hidden_size]
+    layer += 2 * float(all_reduce_s(TABLE, DEVICE, backend, tp, elements)[0][0])
+    return MODEL.num_layers * layer
+
+
+@pytest.mark.parametrize("tp", WIDTHS)
+def test_batches_are_padded_to_the_next_captured_size(tp: int) -> None:
+    """Up to the largest graph time steps at capture sizes; beyond it every token counts."""
+    decode_s = compiled(tp).decode_s
+    previous = 0
+    for size in GRAPHS.sizes:
+        assert np.unique(decode_s[previous + 1 : size + 1]).size == 1
+        assert decode_s[size] == pytest.approx(own_linear_s(tp, size, "graph"), rel=1e-12)
+        previous = size
+    assert previous == 512
+    assert decode_s[504] > decode_s[496]
+    for tokens in (513, 1000, 8192):
+        unpadded = own_linear_s(tp, tokens, "eager")
+        # A running maximum bridges the step from graph to eager, should there be one down.
+        assert decode_s[tokens] == pytest.approx(max(unpadded, decode_s[512]), rel=1e-12)
+    assert decode_s[8192] > decode_s[8000] > decode_s[513]
+
+
+def test_captured_sizes_stop_at_twice_the_sequences_and_at_the_budget() -> None:
+    """vLLM captures up to min(2 * max_num_seqs, max_num_batched_tokens, 512)."""
+    assert GRAPHS.sizes[:6] == (1, 2, 4, 8, 16, 24)
+    assert len(GRAPHS.sizes) == 3 + 31 + 17  # 8..248 by 8, 256..512 by 16: 51 in all
+    assert GRAPHS.captured(BatchingLimits(10, 8192)) == (1, 2, 4, 8, 16)
+    assert GRAPHS.captured(BatchingLimits(1024, 12)) == (1, 2, 4, 8)
+    assert GRAPHS.captured(BatchingLimits(1024, 8192)) == GRAPHS.sizes
+    assert GraphRules((8, 16), full_decode=True).captured(BatchingLimits(2, 100)) == ()
+
+
+def test_without_graphs_nothing_is_padded() -> None:
+    """A version that captures nothing pays for the tokens it has, with the eager all-reduce."""
+    cost = compiler(graphs=GraphRules((), full_decode=False)).compile(2, LIMITS)
+    own = np.array([own_linear_s(2, tokens, "eager") for tokens in (1, 9, 100, 5000)])
+    np.testing.assert_allclose(cost.decode_s[[1, 9, 100, 5000]], own, rtol=1e-12)
+    assert cost.decode_s[0] == 0
+
+
+@pytest.mark.parametrize("tp", WIDTHS)
+def test_prompt_attention_telescopes_over_any_chunks(tp: int) -> None:
+    """Chunks add up to the whole prompt, which is the kernel's marginal cost of its length."""
+    prefill_s = compiled(tp).prefill_s
+    heads, kv_heads = MODEL.heads_per_rank(tp), MODEL.kv_heads_per_rank(tp)
+    lengths = np.array([0, 1, 100, 4096, 10_000, CONTEXT])
+    whole_s, _, _ = context_attention_s(TABLE, DEVICE, "bf16", 128, heads, kv_heads, lengths)
+    np.testing.assert_allclose(prefill_s[lengths], MODEL.num_layers * whole_s, rtol=1e-12)
+    assert prefill_s[0] == 0
+    for chunk in (1, 512, 3000):
+        cuts = np.append(np.arange(0, 10_000, chunk), 10_000)
+        assert np.diff(prefill_s[cuts]).sum() == pytest.approx(prefill_s[10_000], rel=1e-9)
+    # Attention to a longer cached context costs more per chunk.
+    assert prefill_s[8192] - prefill_s[7680] > 2 * (prefill_s[2560] - prefill_s[2048])
+
+
+@pytest.mark.parametrize("tp", WIDTHS)
+def test_sampled_sequences_cost_head_gather_and_sampler(tp: int) -> None:
+    """Head projection, gathering of logits over ranks and sampler traffic, by sequences."""
+    sampled_s = compiled(tp).sampled_s
+    head = head_gemm(MODEL, tp)
+    assert head.n == 128_256 // tp
+    for n in (1, 64, 256):
+        expected = float(gemm_s(TABLE, DEVICE, "bf16", [n], head.n, head.k)[0][0])
+        expected += n * sampler_bytes_per_sequence(MODEL) / DEVICE.elementwise_bytes_per_s
+        if tp > 1:
+            expected += float(nccl_s(TABLE, DEVICE, "all_gather", tp, [n * 128_256])[0][0])
+        assert sampled_s[n] == pytest.approx(expected, rel=1e-12)
+    assert sampled_s[0] == 0
+
+
+def test_host_terms_add_to_every_iteration_and_to_every_sampled_sequence() -> None:
+    """Host time per iteration and per sampled sequence adds up; ingress is not in the cost."""
+    bare = compiled(2)
+    host = compiled(2, HostConstants(iteration_s=2e-3, sequence_s=3e-5, ingress_s=9.0))
+    for batch in [(64, 64, 64_000, 0.0, 64, False), (2048, 10, 10_000, 0.0, 11, True)]:
+        added = 2e-3 + 3e-5 * batch[4]
+        assert iteration_s(host, *batch) - iteration_s(bare, *batch) == pytest.approx(added)
+    assert np.array_equal(host.decode_s, bare.decode_s)
+
+
+def test_the_prefill_multiplier_scales_prompt_iterations_only() -> None:
+    """Iterations with prompt tokens take the factor on layers and prompt attention."""
+    bare, scaled = compiled(2), compiled(2, HostConstants(prefill_multiplier=1.5))
+    np.testing.assert_allclose(scaled.mixed_s, 1.5 * bare.mixed_s, rtol=1e-12)
+    np.testing.assert_allclose(scaled.prefill_s, 1.5 * bare.prefill_s, rtol=1e-12)
+    for same in ("decode_s", "sampled_s", "attention_s"):
+        assert np.array_equal(getattr(scaled, same), getattr(bare, same))
+    with pytest.raises(ValueError, match=r"prefill_multiplier is 0\.9"):
+        HostConstants(prefill_multiplier=0.9)
+
+
+def test_eager_layers_have_a_floor_outside_full_graphs() -> None:
+    """80 layers of 50 us take 4 ms where the batch does not replay as one graph."""
+    host = HostConstants(eager_layer_s=50e-6)
+    full = compiler(host).compile(8, LIMITS)
+    pieces = compiler(host, PIECES).compile(8, LIMITS)
+    assert (full.decode_floor_s, pieces.decode_floor_s) == (0.0, pytest.approx(4e-3))
+    assert full.mixed_floor_s == pieces.mixed_floor_s == pytest.approx(4e-3)
+
+
+def test_nccl_reduces_large_messages_where_the_version_says_so() -> None:
+    """From 8 MiB on (512 tokens of 16 KiB) NCCL's time replaces the engine's own kernel."""
+    plain = compiled(2).decode_s
+    sizes = {"max_tokens": 8192, "max_seqs": 256, "max_context": CONTEXT}
+    switched = CostCompiler(
+        MODEL,
+        DEVICE,
+        TABLE,
+        HostConstants(),
+        GRAPHS,
+        nccl_all_reduce_from_bytes={2: 8 * 1024**2},
+        **sizes,
+    ).compile(2, LIMITS)
+    assert np.array_equal(switched.decode_s[:497], plain[:497])  # up to the size below 512
+    elements = [4096 * MODEL.hidden_size]
+    own = float(all_reduce_s(TABLE, DEVICE, "eager", 2, elements)[0][0])
+    nccl = float(nccl_s(TABLE, DEVICE, "all_reduce", 2, elements)[0][0])
+    assert nccl != own
+    moved = 2 * MODEL.num_layers * (nccl - own)
+    assert switched.decode_s[4096] - plain[4096] == pytest.approx(moved, rel=1e-9)
+
+
+def test_widths_are_those_with_a_measured_all_reduce() -> None:
+    """One device needs none; the others must be in the table and in the scale-up domain."""
+    measured = {gpus for _, gpus in TABLE.all_reduce}
+    assert compiler().widths == (1, *sorted(g for g in measured if g <= 8))
+    assert {1, 2, 4, 8} <= set(compiler().widths)
+
+
+def test_provenance_names_every_operator_of_a_width() -> None:
+    """One device has no collectives; two report them; only known labels occur."""
+    alone, pair = compiler().provenance(1), compiler().provenance(2)
+    collectives = {"all-reduce graph", "all-reduce eager", "all-gather logits"}
+    assert set(pair) - set(alone) == collectives
+    assert {"gemm qkv", "gemm head", "decode attention", "prefill attention"} <= set(alone)
+    assert set(pair.values()) <= set(Provenance)
+    # Contexts up to 16,384 and 256 sequences lie inside the measured grids of this layout.
+    assert pair["decode attention"] <= Provenance.INTERPOLATED
