@@ -25,12 +25,13 @@ from simulator.interpolate import Provenance
 from simulator.plan import parse_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from planner.problem import Problem
     from planner.scenario import Scenario
     from planner.search import Progress, SearchResult
     from simulator.plan import Plan
+    from simulator.run import RunResult
 
 _MAX_ALTERNATIVES: Final = 6
 """Runners-up in a report."""
@@ -109,12 +110,13 @@ def simulate(scenario: Scenario, plan_text: str) -> SimulationReport:
     run = problem.start(plan, record_gaps=True)
     result = run.finish()
     outcome = Outcome.of(result, plan.devices)
+    labels = _labels(problem, plan, result)
     return SimulationReport(
         plan=PlanSummary.of(problem, plan),
         metrics=run_metrics(problem, plan, result),
         breaks=tuple(c.name for c in problem.constraints if c.is_broken(outcome)),
-        provenance=_provenance(problem, plan),
-        warnings=_warnings(problem, plan),
+        provenance=_provenance(problem, labels),
+        warnings=_warnings(problem, labels),
     )
 
 
@@ -137,6 +139,7 @@ def _report(
     plan = best.plan
     # Run again with the gaps between tokens recorded, which the search has no use for.
     result = problem.start(plan, record_gaps=True).finish()
+    labels = _labels(problem, plan, result)
     value = objective.value(best.score[0])
     bound = None if found.bound is None else objective.value(found.bound)
     return PlanReport(
@@ -150,8 +153,8 @@ def _report(
         metrics=run_metrics(problem, plan, result),
         alternatives=_alternatives(problem, found, best),
         search=summary,
-        provenance=_provenance(problem, plan),
-        warnings=_warnings(problem, plan),
+        provenance=_provenance(problem, labels),
+        warnings=_warnings(problem, labels),
         deterministic=found.stopped_by in (None, "work_limit"),
     )
 
@@ -262,19 +265,31 @@ def _infeasible_report(problem: Problem, found: SearchResult) -> PlanReport:
     )
 
 
-def _provenance(problem: Problem, plan: Plan) -> dict[str, object]:
-    labels = problem.compiler.provenance(plan.tp)
+def _provenance(problem: Problem, labels: Mapping[str, Provenance]) -> dict[str, object]:
     return {
         **problem.provenance,
         "operators": {name: label.name.lower() for name, label in labels.items()},
     }
 
 
-def _warnings(problem: Problem, plan: Plan) -> tuple[str, ...]:
-    """The problem's warnings, and operators of ``plan`` that no measurement covers."""
+def _labels(problem: Problem, plan: Plan, result: RunResult) -> dict[str, Provenance]:
+    """Where the time of each operator comes from, at the run's largest batch."""
+    usage = result.usage
+    held_tokens = usage.blocks * problem.memory_rules.block_tokens
+    return problem.compiler.provenance(
+        plan.tp,
+        tokens=usage.tokens,
+        sequences=usage.seats,
+        context=max(1, held_tokens // usage.seats),
+        longest=int(problem.workload.prompt_tokens.max()),
+    )
+
+
+def _warnings(problem: Problem, labels: Mapping[str, Provenance]) -> tuple[str, ...]:
+    """The problem's warnings, and operators that no measurement covers."""
     weak = [
         f"{name} ({label.name.lower()})"
-        for name, label in problem.compiler.provenance(plan.tp).items()
+        for name, label in labels.items()
         if label in (Provenance.EXTRAPOLATED, Provenance.ROOFLINE)
     ]
     if not weak:

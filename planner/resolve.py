@@ -36,8 +36,15 @@ SEMANTICS_VERSION = 1
 """Version of what a simulated run means; figures of different versions do not compare."""
 
 
-def resolve(scenario: Scenario) -> Problem:
+def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem:
     """Look up model, device, engine, kernel times and trace, and check that they fit together.
+
+    Parameters
+    ----------
+    scenario
+        What a user asks.
+    host
+        Host constants in place of the engine version's own, for a calibration.
 
     Raises
     ------
@@ -61,10 +68,13 @@ def resolve(scenario: Scenario) -> Problem:
     space = _space(scenario)
     workload, digest, warnings = _workload(scenario, max_model_len)
     price = device.price_per_hour if pool.price_per_hour is None else pool.price_per_hour
-    host = HostConstants() if spec.calibration == "none" else engine.host
-    if spec.calibration == "none":
+    if host is not None:
+        warnings.append("host constants are the caller's, not the engine version's")
+    elif spec.calibration == "none":
+        host = HostConstants()
         warnings.append("engine.calibration is none: kernel tables alone, without host time")
     else:
+        host = engine.host
         warnings.extend(engine.warnings)
     compiler = CostCompiler(
         model,

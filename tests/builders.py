@@ -6,7 +6,7 @@ to be equal bit by bit: such sums carry no rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,7 +52,7 @@ def linear_cost(
     """
     seqs = np.arange(max_seqs + 1, dtype=np.float64)
     knots = np.array([1.0, max_context])
-    tokens_s = token_s * np.arange(max_tokens + 1)
+    tokens_s = token_s * np.arange(max_tokens + 1, dtype=np.float64)
     return IterationCost(
         decode_s=tokens_s,
         mixed_s=tokens_s.copy(),
@@ -109,7 +109,7 @@ class Case:
     workload: Workload
     replicas: int
     limits: Limits
-    cost: IterationCost
+    cost: IterationCost = field(repr=False)  # long arrays
 
 
 @st.composite

@@ -93,7 +93,9 @@ def test_regular_arrivals_below_capacity_never_wait() -> None:
     n = 1000
     for gap in (1, 2, 5):
         arrivals = np.arange(n) * gap * TICK_S
-        result = Run(workload([1] * n, [1] * n, arrivals), 1, limits(seqs=1), linear_cost()).finish()
+        result = Run(
+            workload([1] * n, [1] * n, arrivals), 1, limits(seqs=1), linear_cost()
+        ).finish()
         assert (result.first_token_s - result.arrival_s == TICK_S).all()
 
 

@@ -118,8 +118,9 @@ class Server:
         self.batch = self.schedule()
         if not self.batch:
             return
-        decodes = [r for r, n in self.batch if n == 1 and r.computed > 0]
-        prompts = [(r.computed, n) for r, n in self.batch if not (n == 1 and r.computed > 0)]
+        # A single token whose prompt lies behind it is a decode; all else counts as prompt.
+        decodes = [r for r, n in self.batch if n == 1 and r.computed >= r.prompt]
+        prompts = [(r.computed, n) for r, n in self.batch if n > 1 or r.computed < r.prompt]
         prefill_s = self.cost.prefill_s
         self.end_s = now_s + iteration_s(
             self.cost,

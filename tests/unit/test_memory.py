@@ -147,7 +147,7 @@ def test_weights_agree_with_public_logs(model: ModelShape, tp: int, gib: float) 
 
 
 def test_blocks_of_a_public_log_follow_from_its_kv_memory() -> None:
-    """vLLM issue 15815: Qwen2.5-32B on two L40S, 7.71 GiB are 3,947 blocks of 16 tokens."""
+    """VLLM issue 15815: Qwen2.5-32B on two L40S, 7.71 GiB are 3,947 blocks of 16 tokens."""
     # 0.9 * 44.42 = 39.98 GiB, less 30.71 weights, 0.30 outside torch and 1.26 activations.
     left_gib = 0.9 * 44.42 - 30.71 - 0.30 - 1.26
     assert left_gib == pytest.approx(7.71, abs=0.005)

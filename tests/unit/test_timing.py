@@ -38,18 +38,19 @@ MODEL = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, False, False, F
 GRAPHS = GraphRules(graph_sizes([1, 2, 4], [[8, 248, 8], [256, 512, 16]]), full_decode=True)
 PIECES = GraphRules(GRAPHS.sizes, full_decode=False)
 LIMITS = BatchingLimits(max_num_seqs=256, max_num_batched_tokens=8192)
-WIDTHS = [1, 2, 8]
+WIDTHS = [1, 2, 4, 8]
+NO_HOST = HostConstants()
 CONTEXT = 16_384
 
 
 @lru_cache(maxsize=16)
-def compiler(host: HostConstants = HostConstants(), graphs: GraphRules = GRAPHS) -> CostCompiler:
+def compiler(host: HostConstants = NO_HOST, graphs: GraphRules = GRAPHS) -> CostCompiler:
     """A compiler of the model on the shipped table."""
     sizes = {"max_tokens": 8192, "max_seqs": 256, "max_context": CONTEXT}
     return CostCompiler(MODEL, DEVICE, TABLE, host, graphs, **sizes)
 
 
-def compiled(tp: int, host: HostConstants = HostConstants()) -> IterationCost:
+def compiled(tp: int, host: HostConstants = NO_HOST) -> IterationCost:
     """The cost of a replica ``tp`` wide under ``LIMITS``."""
     return compiler(host).compile(tp, LIMITS)
 
@@ -140,7 +141,12 @@ def test_decode_attention_is_within_one_percent_of_the_tables(tp: int) -> None:
         np.testing.assert_allclose(got, expected, rtol=0.01)
 
 
-def own_linear_s(tp: int, tokens: int, backend: str) -> float:
+def copy_s(elements: int) -> float:
+    """Reading and writing a message of 2-byte elements once, seconds."""
+    return 2 * 2 * elements / DEVICE.elementwise_bytes_per_s
+
+
+def own_linear_s(tp: int, tokens: int, *, in_graph: bool) -> float:
     """Time of all layers without attention, put together operator by operator."""
     layer = sum(
         float(gemm_s(TABLE, DEVICE, op.dtype, [tokens], op.n, op.k)[0][0])
@@ -148,9 +154,10 @@ def own_linear_s(tp: int, tokens: int, backend: str) -> float:
     )
     layer += elementwise_kernels_per_layer(MODEL) * DEVICE.elementwise_launch_s
     layer += elementwise_bytes_per_token(MODEL, tp) * tokens / DEVICE.elementwise_bytes_per_s
-    elements = [tokens * MODEL.hidden_size]
-    layer += 2 * float(all_reduce_s(TABLE, DEVICE, backend, tp, elements)[0][0])
-    return MODEL.num_layers * layer
+    reduce_s = float(all_reduce_s(TABLE, DEVICE, "graph", tp, [tokens * MODEL.hidden_size])[0][0])
+    if tp > 1 and not in_graph:
+        reduce_s += copy_s(tokens * MODEL.hidden_size)
+    return MODEL.num_layers * (layer + 2 * reduce_s)
 
 
 @pytest.mark.parametrize("tp", WIDTHS)
@@ -160,19 +167,19 @@ def test_batches_are_padded_to_the_next_captured_size(tp: int) -> None:
     previous = 0
     for size in GRAPHS.sizes:
         assert np.unique(decode_s[previous + 1 : size + 1]).size == 1
-        assert decode_s[size] == pytest.approx(own_linear_s(tp, size, "graph"), rel=1e-12)
+        assert decode_s[size] == pytest.approx(own_linear_s(tp, size, in_graph=True), rel=1e-12)
         previous = size
     assert previous == 512
     assert decode_s[504] > decode_s[496]
     for tokens in (513, 1000, 8192):
-        unpadded = own_linear_s(tp, tokens, "eager")
+        unpadded = own_linear_s(tp, tokens, in_graph=False)
         # A running maximum bridges the step from graph to eager, should there be one down.
         assert decode_s[tokens] == pytest.approx(max(unpadded, decode_s[512]), rel=1e-12)
     assert decode_s[8192] > decode_s[8000] > decode_s[513]
 
 
 def test_captured_sizes_stop_at_twice_the_sequences_and_at_the_budget() -> None:
-    """vLLM captures up to min(2 * max_num_seqs, max_num_batched_tokens, 512)."""
+    """VLLM captures up to min(2 * max_num_seqs, max_num_batched_tokens, 512)."""
     assert GRAPHS.sizes[:6] == (1, 2, 4, 8, 16, 24)
     assert len(GRAPHS.sizes) == 3 + 31 + 17  # 8..248 by 8, 256..512 by 16: 51 in all
     assert GRAPHS.captured(BatchingLimits(10, 8192)) == (1, 2, 4, 8, 16)
@@ -184,7 +191,7 @@ def test_captured_sizes_stop_at_twice_the_sequences_and_at_the_budget() -> None:
 def test_without_graphs_nothing_is_padded() -> None:
     """A version that captures nothing pays for the tokens it has, with the eager all-reduce."""
     cost = compiler(graphs=GraphRules((), full_decode=False)).compile(2, LIMITS)
-    own = np.array([own_linear_s(2, tokens, "eager") for tokens in (1, 9, 100, 5000)])
+    own = np.array([own_linear_s(2, tokens, in_graph=False) for tokens in (1, 9, 100, 5000)])
     np.testing.assert_allclose(cost.decode_s[[1, 9, 100, 5000]], own, rtol=1e-12)
     assert cost.decode_s[0] == 0
 
@@ -258,14 +265,14 @@ def test_nccl_reduces_large_messages_where_the_version_says_so() -> None:
         MODEL,
         DEVICE,
         TABLE,
-        HostConstants(),
+        NO_HOST,
         GRAPHS,
         nccl_all_reduce_from_bytes={2: 8 * 1024**2},
         **sizes,
     ).compile(2, LIMITS)
     assert np.array_equal(switched.decode_s[:497], plain[:497])  # up to the size below 512
     elements = [4096 * MODEL.hidden_size]
-    own = float(all_reduce_s(TABLE, DEVICE, "eager", 2, elements)[0][0])
+    own = float(all_reduce_s(TABLE, DEVICE, "graph", 2, elements)[0][0]) + copy_s(elements[0])
     nccl = float(nccl_s(TABLE, DEVICE, "all_reduce", 2, elements)[0][0])
     assert nccl != own
     moved = 2 * MODEL.num_layers * (nccl - own)
@@ -279,12 +286,33 @@ def test_widths_are_those_with_a_measured_all_reduce() -> None:
     assert {1, 2, 4, 8} <= set(compiler().widths)
 
 
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_eager_all_reduce_is_the_graphs_and_a_copy(tp: int) -> None:
+    """From 4 million elements on, measured eager times are graph times plus a copy within 5 %."""
+    elements = 2 ** np.arange(22, 30)
+    graph_s = all_reduce_s(TABLE, DEVICE, "graph", tp, elements)[0]
+    eager_s = all_reduce_s(TABLE, DEVICE, "eager", tp, elements)[0]
+    copies_s = np.array([copy_s(count) for count in elements.tolist()])
+    np.testing.assert_allclose(graph_s + copies_s, eager_s, rtol=0.05)
+
+
+def provenance(tp: int, tokens: int, sequences: int, context: int) -> dict[str, Provenance]:
+    """Labels at one point of operation with prompts as long as the context."""
+    return compiler().provenance(tp, tokens, sequences, context, context)
+
+
 def test_provenance_names_every_operator_of_a_width() -> None:
     """One device has no collectives; two report them; only known labels occur."""
-    alone, pair = compiler().provenance(1), compiler().provenance(2)
-    collectives = {"all-reduce graph", "all-reduce eager", "all-gather logits"}
-    assert set(pair) - set(alone) == collectives
+    alone, pair = provenance(1, 100, 32, 1024), provenance(2, 100, 32, 1024)
+    assert set(pair) - set(alone) == {"all-reduce", "all-gather logits"}
     assert {"gemm qkv", "gemm head", "decode attention", "prefill attention"} <= set(alone)
     assert set(pair.values()) <= set(Provenance)
-    # Contexts up to 16,384 and 256 sequences lie inside the measured grids of this layout.
-    assert pair["decode attention"] <= Provenance.INTERPOLATED
+
+
+def test_provenance_belongs_to_the_point_of_operation() -> None:
+    """32 sequences of 1,024 tokens are a node of the grid; 256 of 16,384 were never measured."""
+    assert provenance(2, 100, 32, 1024)["decode attention"] == Provenance.MEASURED
+    assert provenance(2, 100, 31, 1024)["decode attention"] == Provenance.INTERPOLATED
+    assert provenance(2, 256, 256, 16_384)["decode attention"] == Provenance.EXTRAPOLATED
+    assert provenance(2, 100, 32, 1024)["prefill attention"] == Provenance.MEASURED
+    assert provenance(2, 100, 32, 1000)["prefill attention"] == Provenance.INTERPOLATED
