@@ -36,8 +36,8 @@ _HIGH: Final = (10.0, 1.0, 100.0, 2.0)
 _START: Final = (0.3, 0.01, 5.0, 1.05)
 _SCALE: Final = (0.5, 0.02, 10.0, 0.1)
 """Typical sizes (the constants that public engines of 2025 and 2026 need differ by about this)."""
-_PRIOR: Final = 0.02
-"""Weight of the prior: one typical size counts as much as a 2 % error of one run."""
+_PRIOR: Final = 0.1
+"""Weight of the prior: one typical size counts as much as a 10 % error of one run."""
 _SOFT: Final = 0.05
 """Errors beyond 5 % count less than squared."""
 

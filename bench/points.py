@@ -58,18 +58,24 @@ class Errors:
         }
 
 
-def predict(rows: list[Row], kv: str | None, calibration: str | None) -> tuple[list[Any], Counter]:
+def predict(rows: list[Row], kv: str | None, calibration: str | None) -> tuple[list[Any], Counter[str]]:
     """Simulated metrics per row (``None`` where uncovered), and the reasons."""
     reasons: Counter[str] = Counter()
     metrics: list[Any] = []
     for row in rows:
-        try:
-            case = case_of(row, kv_cache_dtype=kv, calibration=calibration)
-            metrics.append(simulate(case.scenario, case.plan).metrics)
-        except (UncoveredError, PlannerError) as error:
-            reasons[str(error)] += 1
-            metrics.append(None)
+        predicted, reason = _predict_one(row, kv, calibration)
+        metrics.append(predicted)
+        if reason:
+            reasons[reason] += 1
     return metrics, reasons
+
+
+def _predict_one(row: Row, kv: str | None, calibration: str | None) -> tuple[Any, str]:
+    try:
+        case = case_of(row, kv_cache_dtype=kv, calibration=calibration)
+        return simulate(case.scenario, case.plan).metrics, ""
+    except (UncoveredError, PlannerError) as error:
+        return None, str(error)
 
 
 def score(rows: list[Row], metrics: list[Any]) -> dict[str, Any]:
@@ -159,9 +165,8 @@ def _line(figures: dict[str, Any]) -> str:
     for name in ("tpot", "ttft"):
         one = figures[name]
         if one["n"]:
-            cells.append(
-                f"{one['mean_abs_pct']:>10.1f} {one['median_abs_pct']:>7.1f} {one['bias_pct']:>6.1f}"
-            )
+            mean, median = one["mean_abs_pct"], one["median_abs_pct"]
+            cells.append(f"{mean:>10.1f} {median:>7.1f} {one['bias_pct']:>6.1f}")
     return " ".join(cells)
 
 

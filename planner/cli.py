@@ -164,7 +164,7 @@ class _ProgressLine:
 def main() -> None:
     """Run the command line and end the process with the documented code."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))  # an Exit comes back as its code
     except PlannerError as error:
         sys.stderr.write(f"planner: error: {error}\n")
         sys.exit(error.exit_code)

@@ -65,7 +65,8 @@ def _headline(report: PlanReport) -> RenderableType:
     line.append("  deploy ")
     line.append(report.plan.id, style="bold cyan")
     line.append(f"  {objective.sense} {objective.name}: ")
-    line.append(f"{_number(objective.value)} {objective.unit}", style="bold")
+    value = f"{objective.value:.0f}" if objective.unit == "devices" else _number(objective.value)
+    line.append(f"{value} {objective.unit}", style="bold")
     if report.status == "optimal":
         line.append("  (proved: no other plan in the space is better)")
     elif report.bound is not None and report.gap is not None:
@@ -101,7 +102,7 @@ def _behaviour(metrics: Mapping[str, float]) -> RenderableType:
     table.add_column("ms")
     for statistic in statistics:
         table.add_column(statistic, justify="right")
-    for metric, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2e", "E2E")):
+    for metric, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E")):
         if f"mean_{metric}_ms" in metrics:
             table.add_row(label, *(_number(metrics[f"{s}_{metric}_ms"]) for s in statistics))
     facts = (
@@ -132,13 +133,15 @@ def _alternatives(report: PlanReport) -> RenderableType:
     table = Table(title="runners-up", title_justify="left", box=None, pad_edge=False)
     table.add_column("plan")
     table.add_column("devices", justify="right")
-    table.add_column(unit, justify="right")
+    if unit != "devices":
+        table.add_column(unit, justify="right")
     table.add_column("loses by", justify="right")
     table.add_column("")
     for row in report.alternatives:
         broken = f"breaks {', '.join(row.breaks)}" if row.breaks else ""
-        loss = f"{row.loss_pct:.1f} %"
-        table.add_row(row.id, str(row.devices), _number(row.value), loss, broken)
+        loss = "" if row.breaks else f"{row.loss_pct:.1f} %"
+        cells = [str(row.devices), _number(row.value)] if unit != "devices" else [str(row.devices)]
+        table.add_row(row.id, *cells, loss, broken)
     return table
 
 

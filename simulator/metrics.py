@@ -136,7 +136,7 @@ def summary(
     """
     out: dict[str, float] = {
         "completed": workload.num_requests,
-        "duration_s": span_s,
+        "duration": span_s,
         "total_input_tokens": int(workload.prompt_tokens.sum()),
         "total_output_tokens": int(workload.output_tokens.sum()),
     }
@@ -148,10 +148,10 @@ def summary(
         met = int(good(values, goodput_limits_s).sum())
         out["request_goodput"] = met / span_s
         out["slo_attainment"] = met / workload.num_requests
-    for metric in ("ttft", "tpot", "e2e"):
+    for metric, key in (("ttft", "ttft"), ("tpot", "tpot"), ("e2e", "e2el")):
         for statistic in STATISTICS:
             value_s = statistic_s(values.of(metric), statistic)
-            out[f"{statistic}_{metric}_ms"] = value_s * MS_PER_S
+            out[f"{statistic}_{key}_ms"] = value_s * MS_PER_S
     if gaps is not None:
         for statistic in STATISTICS:
             out[f"{statistic}_itl_ms"] = weighted_statistic_s(*gaps, statistic) * MS_PER_S

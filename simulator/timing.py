@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -311,7 +311,7 @@ class CostCompiler:
         self._sampled_of(tp)
         row = min(sequences, self._max_seqs) - 1
         column = min(int(np.searchsorted(knots, context)), len(knots) - 1)
-        at = {
+        at: dict[_Axis, Any] = {
             _Axis.TOKENS: min(tokens, len(self._tokens) - 1),
             _Axis.SEQUENCES: row,
             _Axis.BATCH_AND_CONTEXT: (row, column),

