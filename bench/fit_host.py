@@ -19,9 +19,9 @@ import numpy as np
 
 from bench.runs_csv import case_of, parse_where, read_rows
 from planner.resolve import resolve
+from simulator.cost import HostConstants
 from simulator.metrics import statistic_s
 from simulator.plan import parse_plan
-from simulator.timing import HostConstants
 
 if TYPE_CHECKING:
     import numpy.typing as npt

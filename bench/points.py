@@ -58,7 +58,9 @@ class Errors:
         }
 
 
-def predict(rows: list[Row], kv: str | None, calibration: str | None) -> tuple[list[Any], Counter[str]]:
+def predict(
+    rows: list[Row], kv: str | None, calibration: str | None
+) -> tuple[list[Any], Counter[str]]:
     """Simulated metrics per row (``None`` where uncovered), and the reasons."""
     reasons: Counter[str] = Counter()
     metrics: list[Any] = []

@@ -155,30 +155,42 @@ def _report(
         search=summary,
         provenance=_provenance(problem, labels),
         warnings=_warnings(problem, labels),
-        deterministic=found.stopped_by in (None, "work_limit"),
+        deterministic=found.stopped_by not in ("time_limit", "interrupt"),
     )
 
 
 def _gap(value: float, bound: float | None) -> float | None:
-    if bound is None or value == 0.0:
+    if bound is None:
         return None
-    return abs(value - bound) / value
+    return abs(value - bound) / value if value else 0.0
 
 
 def _alternatives(
     problem: Problem, found: SearchResult, best: Candidate
 ) -> tuple[Alternative, ...]:
-    """The most promising plan of every other shape, and the next best of the chosen shape.
+    """The most promising plan of every other shape, and the chosen shape with engine defaults.
 
+    Where the defaults are not in the space, or are what was chosen, the next best limits of the
+    chosen shape stand in.
     A shape's plan is the first in the order of what is known of it; where that is only a bound,
-    it is simulated now, so that every value shown is one.
+    it is simulated now, so that every value shown is one. A search that a limit stopped lists
+    only what it had simulated.
     """
     objective = problem.objective
     chosen_value = objective.value(best.score[0])
     shapes: dict[tuple[int, int], Candidate] = {}
-    for candidate in sorted(found.candidates, key=lambda c: (bool(c.broken), c.key)):
+
+    def order(candidate: Candidate) -> tuple[bool, bool, object]:
+        default = candidate.plan.limits == problem.default_limits
+        chosen_shape = (candidate.plan.replicas, candidate.plan.tp) == (
+            best.plan.replicas,
+            best.plan.tp,
+        )
+        return not (default and chosen_shape), bool(candidate.broken), candidate.key
+
+    for candidate in sorted(found.candidates, key=order):
         same_as_best = candidate.twin == best.plan or candidate.plan == best.plan
-        if not same_as_best:
+        if not same_as_best and (candidate.exact or found.stopped_by is None):
             shapes.setdefault((candidate.plan.replicas, candidate.plan.tp), candidate)
     rows = []
     for candidate in shapes.values():

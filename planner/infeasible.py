@@ -44,7 +44,7 @@ def explain_slo(problem: Problem) -> tuple[str, str]:
         + ", ".join(broken)
     )
     changes = [
-        f"{c.name}: {_round_up(c.ticks(outcome) / _TICKS_PER_MS):g}"
+        f"{c.name}: {_round_up(c.ticks(outcome) / _TICKS_PER_MS):.1f}"
         for c in problem.constraints
         if c.is_broken(outcome)
     ]

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from planner.io.engines import EngineProfile
     from planner.objective import Constraint, Objective
+    from simulator.cost import CostCompiler
     from simulator.device import Device
     from simulator.memory import MemoryRules
     from simulator.model import ModelShape
     from simulator.plan import BatchingLimits, Plan
-    from simulator.timing import CostCompiler
     from simulator.workload import Workload
 
 

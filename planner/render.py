@@ -27,7 +27,7 @@ def console(stream: TextIO) -> Console:
     """A console on ``stream``: without colour or motion where that is no terminal."""
     if stream.isatty():
         return Console(file=stream, highlight=False)
-    return Console(file=stream, highlight=False, no_color=True, width=_WIDTH)
+    return Console(file=stream, highlight=False, no_color=True, force_terminal=False, width=_WIDTH)
 
 
 def render_solve(report: PlanReport, to: Console) -> None:
@@ -166,6 +166,8 @@ def _search(report: PlanReport) -> RenderableType:
     every = search.exhaustive
     if every is not None:
         agrees = "the same plan and value" if every["agrees"] else f"ANOTHER plan: {every['best']}"
+        if not every["complete"]:
+            agrees = "no plan yet: it was interrupted"
         saved = 100 * (1 - every["search_share"])
         table.add_row(
             f"{every['distinct_iterations']:,}",

@@ -17,9 +17,9 @@ from planner.io.profiles import kernel_table_digest, load_device, load_kernel_ta
 from planner.io.traces import read_trace, rescale
 from planner.objective import Constraint, Objective
 from planner.problem import Problem, SearchLimits, SearchSpace
+from simulator.cost import CostCompiler, HostConstants
 from simulator.memory import MemoryRules
 from simulator.plan import BatchingLimits
-from simulator.timing import CostCompiler, HostConstants
 from simulator.units import MS_PER_S
 from simulator.workload import Workload, poisson_arrivals_s, uniform_lengths
 

@@ -116,7 +116,7 @@ class Search:
     constraints
         What a plan must keep.
     exhaustive
-        Simulate every plan to the end: no bound, no early stop, no shared run.
+        Simulate every plan to the end: no bound, no early stop, no shared run, no limit.
     on_progress
         Called after each plan is settled.
     """
@@ -208,6 +208,7 @@ class Search:
 
     def _evaluate(self, candidate: Candidate) -> None:
         """Simulate ``candidate`` until it is finished or cannot win."""
+        self._check_limits()  # short runs end before the look below
         run = self.problem.start(candidate.plan)
         done = False
         try:
@@ -300,6 +301,8 @@ class Search:
 
     def _check_limits(self, running: int = 0) -> None:
         """Stop where a limit is reached; ``running`` iterations are not yet counted."""
+        if self.exhaustive:
+            return
         limit = self.problem.search_limits.work_limit
         if limit is not None and self._iterations + running >= limit:
             raise _LimitReachedError("work_limit")

@@ -84,7 +84,7 @@ def _send_next(state: State, limits: Limits, now_s: float) -> None:
 def _finish_iteration(state: State, limits: Limits, gaps: Gaps, r: int, now_s: float) -> None:
     """Hand out the tokens of the iteration that ends now; finished requests leave."""
     table, time_s = state.request, state.time_s
-    running, scheduled = state.running, state.scheduled
+    running = state.running
     started_s = state.clock_s[r, STARTED]
     recording = gaps.gap_s.size > 0
     steady, kept = 0, 0
@@ -94,7 +94,7 @@ def _finish_iteration(state: State, limits: Limits, gaps: Gaps, r: int, now_s: f
         generated = table[request, GENERATED]
         if kept < slot:
             running[r, kept] = request
-        if scheduled[r, slot] == 0 or table[request, COMPUTED] < table[request, PROMPT] + generated:
+        if table[request, COMPUTED] < table[request, PROMPT] + generated:
             kept += 1
             continue
         if generated == 0:

@@ -29,7 +29,7 @@ PERCENTILES = (50, 90, 95, 99)
 STATISTICS = ("mean", *(f"p{q}" for q in PERCENTILES))
 
 _OVERLOAD_GROWTH = 2.0
-"""A run counts as overloaded when the mean queueing delay of its last third of arrivals exceeds
+"""A run counts as overloaded when the mean TTFT of its last third of arrivals exceeds
 that of its first third by this factor and by ``_OVERLOAD_SHARE`` of the arrival span: a backlog
 that a longer trace would only make longer."""
 _OVERLOAD_SHARE = 0.05

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_SHAPE = re.compile(r"^(?:(?P<replicas>[1-9]\d*)x)?tp(?P<tp>[1-9]\d*)$")
+_COUNT = r"[1-9][0-9]{0,8}"
+_SHAPE = re.compile(rf"(?:(?P<replicas>{_COUNT})x)?tp(?P<tp>{_COUNT})")
 _KEYS = {"seqs": "max_num_seqs", "tokens": "max_num_batched_tokens"}
 
 
@@ -103,17 +104,17 @@ def parse_plan(text: str, defaults: BatchingLimits) -> Plan:
         If the text is not of that form; the message says what is wrong.
 
     """
-    shape, _, keys = text.strip().partition(":")
-    match = _SHAPE.match(shape)
+    shape, colon, keys = text.strip().partition(":")
+    match = _SHAPE.fullmatch(shape)
     if match is None:
         raise ValueError(f"{shape!r} is not of the form [Rx]tpA, for example 'tp8' or '2xtp4'")
     values = {field: getattr(defaults, field) for field in _KEYS.values()}
     seen: set[str] = set()
-    for item in filter(None, keys.split(",")):
+    for item in keys.split(",") if colon else ():
         key, equals, value = item.partition("=")
         if key not in _KEYS or not equals:
             raise ValueError(f"{item!r} is not one of seqs=N, tokens=N")
-        if not re.fullmatch(r"[1-9]\d*", value):
+        if not re.fullmatch(_COUNT, value):
             raise ValueError(f"{key} is {value!r}; it must be a whole number of at least 1")
         if key in seen:
             raise ValueError(f"{key} is given twice")

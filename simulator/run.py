@@ -122,13 +122,7 @@ class Run:
         *,
         record_gaps: bool = False,
     ) -> None:
-        longest = int((workload.prompt_tokens + workload.output_tokens).max())
-        if blocks_for(longest, limits.block_tokens) > limits.num_blocks:
-            raise ValueError(
-                f"a request of {longest} tokens needs more than the {limits.num_blocks} KV blocks"
-            )
-        if longest > len(cost.prefill_s) - 1:
-            raise ValueError(f"a request of {longest} tokens is longer than the compiled context")
+        _check(workload, limits, cost)
         self.workload = workload
         self.limits = limits
         self.cost = cost
@@ -198,3 +192,25 @@ class Run:
         if self._gaps.gap_s.size:
             self._kept.append((self._gaps.gap_s[:used].copy(), self._gaps.tokens[:used].copy()))
             self._gaps.used[0] = 0
+
+
+def _check(workload: Workload, limits: Limits, cost: IterationCost) -> None:
+    """Refuse what the loops would run into without noticing."""
+    seqs, tokens = limits.max_num_seqs, limits.max_num_batched_tokens
+    if not 1 <= seqs <= tokens:
+        raise ValueError(
+            f"max_num_seqs is {seqs}; it must be from 1 to max_num_batched_tokens ({tokens})"
+        )
+    longest = int((workload.prompt_tokens + workload.output_tokens).max())
+    if blocks_for(longest, limits.block_tokens) > limits.num_blocks:
+        raise ValueError(
+            f"a request of {longest} tokens needs more than the {limits.num_blocks} KV blocks"
+        )
+    seats = min(seqs, workload.num_requests)
+    for name, needed, compiled in (
+        ("tokens of one request", longest, len(cost.prefill_s)),
+        ("tokens of one iteration", tokens, min(len(cost.decode_s), len(cost.mixed_s))),
+        ("sequences", seats, min(len(cost.sampled_s), len(cost.attention_s))),
+    ):
+        if needed >= compiled:
+            raise ValueError(f"{needed} {name} occur; the cost is compiled for {compiled - 1}")

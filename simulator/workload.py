@@ -42,8 +42,12 @@ class Workload:
             raise ValueError("a workload needs at least one request")
         if len(self.prompt_tokens) != n or len(self.output_tokens) != n:
             raise ValueError("arrivals, prompts and outputs differ in length")
+        if not np.isfinite(self.arrival_s).all():
+            raise ValueError("arrivals must be finite")
         if np.any(np.diff(self.arrival_s) < 0):
             raise ValueError("arrivals are not in order")
+        if self.concurrency < 0:
+            raise ValueError(f"concurrency is {self.concurrency}; it must not be negative")
         if self.prompt_tokens.min() < 1 or self.output_tokens.min() < 1:
             raise ValueError("every prompt and output needs at least one token")
 

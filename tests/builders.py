@@ -131,12 +131,13 @@ def cases(draw: st.DrawFn) -> Case:
     block_tokens = draw(st.sampled_from([1, 4, 16]))
     longest = max(p + o for p, o in zip(prompts, outputs, strict=True))
     spare = draw(st.sampled_from([0, 1, 2, 5, 1000]))
+    seqs = draw(st.integers(1, 6))
     return Case(
         workload=workload(prompts, outputs, arrivals, concurrency),
         replicas=draw(st.integers(1, 3)),
         limits=limits(
-            seqs=draw(st.integers(1, 6)),
-            tokens=draw(st.integers(1, 40)),
+            seqs=seqs,
+            tokens=draw(st.integers(seqs, 40)),
             blocks=blocks_for(longest, block_tokens) + spare,
             block_tokens=block_tokens,
             reserve=draw(st.booleans()),

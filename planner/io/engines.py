@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planner.errors import InputError, PlannerError, nearest
 from planner.io.yaml_file import read_mapping
+from simulator.cost import GraphRules, HostConstants, graph_sizes
 from simulator.plan import BatchingLimits
-from simulator.timing import GraphRules, HostConstants, graph_sizes
 from simulator.units import GIB, S_PER_MS
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class _Graphs(_Entry):
     sizes: tuple[int, ...]
     ranges: tuple[tuple[int, int, int], ...]
     full_decode: bool
+    captures_budget: bool = False
     source: str
 
 
@@ -194,7 +195,9 @@ def load_engine(name: str, version: str, *, source: str = "<scenario>") -> Engin
         graph_bytes=int(entry.graph_gib.value * GIB),
         reserve_full_prompt=entry.reserve_full_prompt.value,
         graphs=GraphRules(
-            graph_sizes(entry.graphs.sizes, entry.graphs.ranges), entry.graphs.full_decode
+            graph_sizes(entry.graphs.sizes, entry.graphs.ranges),
+            entry.graphs.full_decode,
+            entry.graphs.captures_budget,
         ),
         nccl_all_reduce_from_bytes=dict(rule.values) if rule else {},
         host=HostConstants(

@@ -84,7 +84,11 @@ def _continue_running(
 ) -> tuple[Batch, int]:
     """Give each running request, in admission order, what it lacks and the budget holds.
 
-    One that cannot get its blocks preempts the last admitted, and in the end itself.
+    One that cannot get its blocks preempts the last admitted, and in the end itself. The budget
+    reaches everyone: it is at least the number of seats, and only the last request can lack more
+    than one token. A prompt's last chunk counts as prefill even if it is a single token, which
+    vLLM's attention kernels would treat as a decode: one iteration's attention differs by less
+    than a launch, and all prompt attention stays in one account.
 
     Returns
     -------
@@ -100,7 +104,7 @@ def _continue_running(
     decodes, context, sampled = 0, 0, 0
     attention_s, has_prefill = 0.0, False
     i = 0
-    while i < n and budget > 0:
+    while i < n:
         request = running[r, i]
         computed = table[request, COMPUTED]
         held = table[request, HELD_BLOCKS]
@@ -130,10 +134,6 @@ def _continue_running(
         else:
             replica[r, BOUND_TOKENS] = 1
         i += 1
-    if i < n:
-        replica[r, BOUND_TOKENS] = 1
-        for slot in range(i, n):
-            scheduled[r, slot] = 0
     replica[r, RUNNING] = n
     tokens = limits.max_num_batched_tokens - budget
     return Batch(tokens, decodes, context, attention_s, sampled, has_prefill), free

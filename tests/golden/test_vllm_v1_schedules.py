@@ -322,3 +322,21 @@ def test_ingress_delays_the_queue_not_the_clock_of_the_client() -> None:
     assert rows == [Row(2, 0, [(0, 4)], 9, [])]
     assert ticks(state, ARRIVAL) == [0]
     assert ticks(state, FIRST_TOKEN) == [3]
+
+
+def test_a_second_send_does_not_put_off_the_first_one() -> None:
+    """An idle replica wakes for the first of two requests on their way, not for the second."""
+    what = workload([4] * 8, [2, 1, 2, 1, 1, 1, 1, 1], concurrency=4)
+    rows, state = play(what, limits(blocks=10, ingress_s=10 * TICK_S), replicas=2)
+    assert rows == [
+        Row(10, 0, [(0, 4), (2, 4)], 8, []),
+        Row(10, 1, [(1, 4), (3, 4)], 8, []),
+        Row(11, 0, [(0, 1), (2, 1)], 6, []),
+        # Replica 1 is idle from tick 11 on, with request 5 sent to it at 11 and request 7 at 12,
+        # when replica 0 finishes; replica 0 gets 4 (sent at 11) and 6 (sent at 12).
+        Row(21, 0, [(4, 4)], 9, []),
+        Row(21, 1, [(5, 4)], 9, []),
+        Row(22, 0, [(6, 4)], 9, []),
+        Row(22, 1, [(7, 4)], 9, []),
+    ]
+    assert ticks(state, ARRIVAL) == [0, 0, 0, 0, 11, 11, 12, 12]

@@ -24,7 +24,7 @@ from simulator.plan import BatchingLimits, Plan
 from simulator.run import Run
 from simulator.timing import IterationCost
 from simulator.workload import Workload
-from tests.builders import cases, limits
+from tests.builders import TICK_S, cases, limits, linear_cost, workload
 from tests.problems import mapping, random_sections
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def check_run(run: Run, floors: CostFloors, result: RunResult, stride: int) -> N
 
 
 @given(case=cases(), seed=st.integers(0, 2**32 - 1), stride=st.sampled_from([1, 2, 7]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_bounds_hold_in_small_runs(case: Case, seed: int, stride: int) -> None:
     """At each cut of a small run under a random cost, bounds are admissible; at its end, exact."""
     cost = random_cost(np.random.default_rng(seed))
@@ -158,7 +158,7 @@ def test_bounds_hold_in_small_runs(case: Case, seed: int, stride: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), stride=st.sampled_from([1, 11, 60]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_bounds_hold_in_queues(seed: int, stride: int) -> None:
     """The same with queues, long prompts in many chunks, and preemptions."""
     setting = random_setting(np.random.default_rng(seed))
@@ -171,6 +171,27 @@ def test_random_settings_preempt() -> None:
     assert sum(r.preemptions > 0 for r in results) > 20
     assert sum(r.usage.seats_bound for r in results) > 20
     assert sum(r.usage.tokens_bound for r in results) > 50
+
+
+def test_recomputing_can_be_cheaper_than_decoding() -> None:
+    """A preempted request gets its next token from a recomputation that reads no cache.
+
+    Blocks of one token, 43 of them; an iteration takes a tick per cached token that decodes read.
+    A (prompt 1, output 4) and B (40, 3) are admitted together and hold 41 blocks. Iteration 2
+    decodes both: 2 + 41 ticks, all blocks held. Iteration 3: A needs a block and preempts B: 3
+    ticks. Iteration 4: A's last token, 4 ticks. Then B recomputes its 42 tokens and emits its
+    last: no cache is read. B takes 50 ticks; decoding alone would have read 41 + 42.
+    """
+    setting = Setting(
+        workload([1, 40], [4, 3]),
+        1,
+        limits(blocks=43, block_tokens=1),
+        linear_cost(0.0, context_s=TICK_S),
+    )
+    result = setting.start().finish()
+    assert result.preemptions == 1
+    assert result.values.e2e_s[1] == 50 * TICK_S
+    check_run(setting.start(), setting.floors(), result, stride=1)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -202,12 +223,17 @@ def test_compiled_costs_keep_their_promises(tp: int, tmp_path: Path) -> None:
 
 def twin_of(setting: Setting, rng: np.random.Generator) -> Setting:
     """The same replicas under other limits, and a cost that differs where batches are large."""
+    work = setting.workload
+    least = blocks_for(int((work.prompt_tokens + work.output_tokens).max()), 4)
+    fewer = int(rng.integers(least, setting.limits.num_blocks + 1))
+    blocks = setting.limits.num_blocks + int(rng.choice([0, 0, 1, 30]))
+    peak = setting.start().finish().usage.blocks  # what is held, but maybe not what is demanded
     changed = setting.limits._replace(
         max_num_seqs=int(rng.choice([setting.limits.max_num_seqs, rng.integers(1, 17)])),
         max_num_batched_tokens=int(
             rng.choice([setting.limits.max_num_batched_tokens, rng.integers(1, MAX_TOKENS + 1)])
         ),
-        num_blocks=setting.limits.num_blocks + int(rng.choice([0, 0, 1, 30])),
+        num_blocks=int(rng.choice([blocks, fewer, max(least, peak)])),
     )
     cost = setting.cost
     if rng.random() < 0.5:
@@ -234,7 +260,7 @@ def trace_of(setting: Setting, run: Run) -> Trace:
 def test_twins_share_their_runs() -> None:
     """A prefix that is the same for another plan bounds that plan; a whole run equals its run."""
     prefixes, wholes = 0, 0
-    for seed in range(500):
+    for seed in range(300):
         rng = np.random.default_rng(seed)
         setting = random_setting(rng)
         other = twin_of(setting, rng)
@@ -251,8 +277,8 @@ def test_twins_share_their_runs() -> None:
             if done:
                 assert run.result().trajectory_hash() == theirs.trajectory_hash()
                 wholes += 1
-    assert prefixes > 300
-    assert wholes > 50
+    assert prefixes > 200
+    assert wholes > 30
 
 
 def test_a_bound_limit_makes_no_twin() -> None:

@@ -224,12 +224,12 @@ def test_limits_that_never_bound_can_be_raised_without_effect(case: Case) -> Non
     """A limit whose flag is off changes no request's times when it is lifted."""
     result = run_of(case).finish()
     usage, under = result.usage, case.limits
-    wider = {
-        "max_num_seqs": None if usage.seats_bound else 50,
-        "max_num_batched_tokens": None if usage.tokens_bound else 200,
-        "num_blocks": None if usage.blocks_bound else 5000,
-    }
-    lifted = under._replace(**{name: value for name, value in wider.items() if value is not None})
+    tokens = under.max_num_batched_tokens if usage.tokens_bound else 200
+    lifted = under._replace(
+        max_num_seqs=under.max_num_seqs if usage.seats_bound else min(50, tokens),
+        max_num_batched_tokens=tokens,
+        num_blocks=under.num_blocks if usage.blocks_bound else 5000,
+    )
     again = Run(case.workload, case.replicas, lifted, case.cost).finish()
     assert again.trajectory_hash() == result.trajectory_hash()
 

@@ -127,7 +127,7 @@ def test_summary_uses_the_names_and_units_of_vllm() -> None:
     # Gaps: request 0 four of 1 s, request 2 two of 2 s.
     gaps = (np.array([1.0, 2.0]), np.array([4, 2]))
     out = summary(VALUES, what, 10.0, gaps, {"ttft": 2.0})
-    assert (out["completed"], out["duration_s"]) == (3, 10.0)
+    assert (out["completed"], out["duration"]) == (3, 10.0)
     assert (out["total_input_tokens"], out["total_output_tokens"]) == (60, 9)
     assert out["request_throughput"] == pytest.approx(0.3)
     assert out["output_throughput"] == pytest.approx(0.9)
@@ -135,7 +135,7 @@ def test_summary_uses_the_names_and_units_of_vllm() -> None:
     assert out["request_goodput"] == pytest.approx(0.2)  # two of three
     assert out["slo_attainment"] == pytest.approx(2 / 3)
     assert out["mean_ttft_ms"] == pytest.approx(7000 / 3)
-    assert out["p50_e2e_ms"] == pytest.approx(5000)
+    assert out["p50_e2el_ms"] == pytest.approx(5000)
     assert out["mean_tpot_ms"] == pytest.approx(1500)
     assert out["mean_itl_ms"] == pytest.approx(8000 / 6)
     assert out["p50_itl_ms"] == pytest.approx(1000)  # 1, 1, 1, 1, 2, 2

@@ -108,3 +108,10 @@ def test_ties_go_to_fewer_devices_then_to_fewer_changed_limits() -> None:
     assert [plan.devices for plan in plans] == [4, 8, 8, 8, 8]
     shuffled = [plans[i] for i in (3, 0, 4, 2, 1)]
     assert sorted(shuffled, key=lambda plan: plan.tie_key(DEFAULTS)) == plans
+
+
+@pytest.mark.parametrize("text", ["tp8:", "tp8:,", "tp8:seqs=4,", "tp8\n:seqs=4", "tp1\u0663"])
+def test_text_that_is_nearly_a_plan_is_refused(text: str) -> None:
+    """One text names one plan: no empty items, line breaks or digits of another script."""
+    with pytest.raises(ValueError, match="is not"):
+        parse_plan(text, DEFAULTS)

@@ -10,6 +10,7 @@ import pytest
 from planner.io.profiles import load_device, load_kernel_table
 from simulator.attention import context_attention_s, generation_attention_s
 from simulator.collectives import all_reduce_s, nccl_s
+from simulator.cost import CostCompiler, GraphRules, HostConstants, graph_sizes
 from simulator.gemm import gemm_s
 from simulator.interpolate import Provenance
 from simulator.model import ModelShape
@@ -21,15 +22,7 @@ from simulator.ops import (
     sampler_bytes_per_sequence,
 )
 from simulator.plan import BatchingLimits
-from simulator.timing import (
-    CostCompiler,
-    GraphRules,
-    HostConstants,
-    IterationCost,
-    decode_attention_s,
-    graph_sizes,
-    iteration_s,
-)
+from simulator.timing import IterationCost, decode_attention_s, iteration_s
 from tests.builders import linear_cost
 
 TABLE = load_kernel_table("H100-SXM-80GB", "vllm", "0.24.0")

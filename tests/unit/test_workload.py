@@ -84,5 +84,29 @@ def test_a_request_too_long_for_the_blocks_is_refused() -> None:
 def test_a_request_longer_than_the_compiled_context_is_refused() -> None:
     """The cost has no time for tokens beyond its last column."""
     assert Run(workload([10], [6]), 1, limits(), linear_cost(max_context=16)).finish().iterations
-    with pytest.raises(ValueError, match="longer than the compiled context"):
+    with pytest.raises(ValueError, match="the cost is compiled for 16"):
         Run(workload([10], [7]), 1, limits(), linear_cost(max_context=16))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"seqs": 3}, "3 sequences occur; the cost is compiled for 2"),
+        ({"tokens": 300}, "300 tokens of one iteration occur"),
+        ({"seqs": 0}, "max_num_seqs is 0"),
+        ({"seqs": 9, "tokens": 8}, r"max_num_seqs is 9; it must be from 1 to .* \(8\)"),
+    ],
+)
+def test_batches_beyond_the_compiled_cost_are_refused(bad: dict[str, int], message: str) -> None:
+    """The loops do not check their indices, so a run that could leave the cost never starts."""
+    cost = linear_cost(max_seqs=2, max_tokens=256)
+    requests = workload([1] * 10, [1] * 10)
+    with pytest.raises(ValueError, match=message):
+        Run(requests, 1, limits(**{"seqs": 2, "tokens": 64, **bad}), cost)
+
+
+@pytest.mark.parametrize("arrival_s", [[0.0, np.nan], [0.0, np.inf]])
+def test_arrivals_that_are_no_time_are_refused(arrival_s: list[float]) -> None:
+    """A request that never arrives would keep the loop waiting for ever."""
+    with pytest.raises(ValueError, match="finite"):
+        workload([1, 1], [1, 1], arrival_s)
