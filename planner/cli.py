@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Optional
 
 import typer
 
 from planner import __version__
-from planner.errors import NO_VALUE, InputError, PlannerError
+from planner.errors import PlannerError
+from planner.io.output import STDOUT, check_target, deliver
 
 if TYPE_CHECKING:
     from planner.report import PlanReport
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 INFEASIBLE_EXIT: Final = 3
 _BUG_EXIT: Final = 1
 _LIMIT_EXIT: Final = 4
+_INTERRUPTED: Final = 130
+"""What typer turns Ctrl-C into: 128 + SIGINT."""
 
 app = typer.Typer(
     name="planner",
@@ -70,6 +71,7 @@ def solve(
     from planner.render import console, render_solve
     from planner.scenario import Scenario
 
+    check_target(json)
     loaded = Scenario.load(scenario)
     progress = None if quiet else _ProgressLine()
     try:
@@ -77,8 +79,8 @@ def solve(
     finally:
         if progress is not None:
             progress.end()
-    _deliver(report.to_json(), json)
-    if json != "-":
+    deliver(report.to_json(), json)
+    if json != STDOUT:
         render_solve(report, console(sys.stdout))
     _exit_for(report)
 
@@ -94,9 +96,10 @@ def simulate(
     from planner.render import console, render_simulation
     from planner.scenario import Scenario
 
+    check_target(json)
     report = simulate_plan(Scenario.load(scenario), plan)
-    _deliver(report.to_json(), json)
-    if json != "-":
+    deliver(report.to_json(), json)
+    if json != STDOUT:
         render_simulation(report, console(sys.stdout))
 
 
@@ -107,33 +110,6 @@ def _exit_for(report: PlanReport) -> None:
     reason, relaxation = report.infeasible["reason"], report.infeasible["relaxation"]
     sys.stderr.write(f"planner: infeasible: {reason}; {relaxation}\n")
     raise typer.Exit(INFEASIBLE_EXIT)
-
-
-def _deliver(text: str, target: str | None) -> None:
-    """Write ``text`` to ``target`` whole or not at all."""
-    if target is None:
-        return
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    path = Path(target)
-    temporary = ""
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise InputError(
-            source="--json",
-            field=target,
-            value=NO_VALUE,
-            rule=f"cannot be written ({error.strerror})",
-        ) from None
 
 
 class _ProgressLine:
@@ -164,33 +140,38 @@ class _ProgressLine:
 def main() -> None:
     """Run the command line and end the process with the documented code."""
     try:
-        sys.exit(app(standalone_mode=False))  # an Exit comes back as its code
+        code = app(standalone_mode=False)  # an Exit comes back as its code
     except PlannerError as error:
         sys.stderr.write(f"planner: error: {error}\n")
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except typer.Abort:
+        code = stop.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        code = _INTERRUPTED
+    except Exception as error:  # the last resort: a bug must not end in a traceback
+        code = _report_other(error)
+    if code == _INTERRUPTED:
         sys.stderr.write("planner: interrupted before any plan was found\n")
-        sys.exit(_LIMIT_EXIT)
-    except KeyboardInterrupt:
-        sys.stderr.write("planner: interrupted before any plan was found\n")
-        sys.exit(_LIMIT_EXIT)
-    except Exception as error:
-        # click's usage errors carry their own code; anything else is a bug of ours, and the
-        # traceback belongs to whoever asks for it.
-        code = getattr(error, "exit_code", None)
-        message = getattr(error, "format_message", None)
-        if code is not None and callable(message):
-            sys.stderr.write(f"planner: error: {message()}\n")
-            sys.exit(code)
-        if os.environ.get("PLANNER_DEBUG"):
-            traceback.print_exc()
-        sys.stderr.write(
-            f"planner: bug: {type(error).__name__}: {' '.join(str(error).split())}"
-            " (set PLANNER_DEBUG=1 for the traceback)\n"
-        )
-        sys.exit(_BUG_EXIT)
+        code = _LIMIT_EXIT
+    sys.exit(code)
+
+
+def _report_other(error: Exception) -> int:
+    """Exit code of a usage error, which carries its own, or of a bug of ours."""
+    code = getattr(error, "exit_code", None)
+    message = getattr(error, "format_message", None)
+    if isinstance(code, int) and callable(message):
+        text = message()
+        if text:  # without any argument the help is the whole message
+            sys.stderr.write(f"planner: error: {' '.join(text.split())}\n")
+        return code
+    if os.environ.get("PLANNER_DEBUG"):
+        traceback.print_exc()
+    sys.stderr.write(
+        f"planner: bug: {type(error).__name__}: {' '.join(str(error).split())}"
+        " (set PLANNER_DEBUG=1 for the traceback)\n"
+    )
+    return _BUG_EXIT
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from planner.errors import LimitError
 from planner.objective import TICKS_PER_S, ExcessObjective, Outcome
 from planner.search import Search
-from planner.space import DEVICES, KV_CACHE, WEIGHTS, broken_rule, explain_rule
+from planner.space import DEVICES, KV_CACHE, WEIGHTS, broken_rule, can_launch, explain_rule
 from simulator.memory import NULL_BLOCKS
 from simulator.plan import BatchingLimits, Plan
 from simulator.units import GIB, MS_PER_S
@@ -23,32 +22,26 @@ def explain_slo(problem: Problem) -> tuple[str, str]:
     The plan that exceeds its worst-kept limit least is found with the same search, so the
     relaxation is the least common stretch of all limits under which some plan is feasible.
 
-    Raises
-    ------
-    LimitError
-        When a limit stops that search.
+    A limit may stop that search; the nearest plan that it found then stands in, and where it
+    found none, no relaxation is named: that no plan meets the SLOs is proved all the same.
     """
-    excess = ExcessObjective(problem.constraints)
-    nearest = Search(problem, excess).run()
-    if nearest.best is None or not nearest.proved:
-        raise LimitError("no plan meets the SLOs; a limit stopped the search for the nearest one")
+    nearest = Search(problem, ExcessObjective(problem.constraints)).run()
     best = nearest.best
+    if best is None:
+        return "no plan meets the SLOs", "the nearest was not found within the search's limits"
     outcome = Outcome.of(problem.start(best.plan).finish(), best.plan.devices)
-    broken = [
+    broken = [c for c in problem.constraints if c.is_broken(outcome)]
+    figures = ", ".join(
         f"{c.name} {c.ticks(outcome) / _TICKS_PER_MS:.1f} ms against {c.limit_ms:g} ms"
-        for c in problem.constraints
-        if c.is_broken(outcome)
-    ]
-    reason = (
-        f"no plan meets the SLOs; the nearest, {problem.plan_text(best.plan)}, has "
-        + ", ".join(broken)
+        for c in broken
     )
-    changes = [
-        f"{c.name}: {_round_up(c.ticks(outcome) / _TICKS_PER_MS):.1f}"
-        for c in problem.constraints
-        if c.is_broken(outcome)
-    ]
-    return reason, f"smallest change that fits: {', '.join(changes)}"
+    changes = ", ".join(
+        f"{c.name}: {_round_up(c.ticks(outcome) / _TICKS_PER_MS):.1f}" for c in broken
+    )
+    how_near = "the nearest" if nearest.proved else "the nearest found within the search's limits"
+    reason = f"no plan meets the SLOs; {how_near}, {problem.plan_text(best.plan)}, has {figures}"
+    fits = "smallest change that fits" if nearest.proved else "a change that fits"
+    return reason, f"{fits}: {changes}"
 
 
 _TICKS_PER_MS = TICKS_PER_S / MS_PER_S
@@ -103,17 +96,23 @@ def _missing_bytes(problem: Problem, plan: Plan) -> int:
 def _memory_changes(problem: Problem, plan: Plan) -> list[str]:
     """Changes that would each make ``plan`` fit, smallest first."""
     changes = []
-    held = problem.blocks(plan.tp, plan.limits) * problem.memory_rules.block_tokens
+    block_tokens = problem.memory_rules.block_tokens
+    held = problem.blocks(plan.tp, plan.limits) * block_tokens
     longest = int((problem.workload.prompt_tokens + problem.workload.output_tokens).max())
     if held >= longest:
         changes.append(f"model.max_model_len: {held} (the longest request has {longest} tokens)")
+    if problem.num_blocks is not None:  # measured: it grows neither with memory nor with devices
+        changes.append(f"engine.num_gpu_blocks: {-(-problem.max_model_len // block_tokens)}")
+        return changes
     share = _needed_bytes(problem, plan) / problem.device.memory_bytes
     if share <= 1.0:
         changes.append(f"engine.gpu_memory_utilization: {-(-share * 1000 // 1) / 1000:g}")
-    wider = [tp for tp in problem.compiler.widths if tp > plan.tp]
-    for tp in wider:
-        if _missing_bytes(problem, Plan(1, tp, plan.limits)) <= 0:
-            changes.append(f"a pool of {tp} devices in one node, for tp{tp}")
+    for tp in problem.compiler.widths:
+        fits = _missing_bytes(problem, Plan(1, tp, plan.limits)) <= 0
+        if tp > plan.tp and fits and can_launch(problem, tp, plan.limits, on_any_node=True):
+            there = tp <= min(problem.devices_per_node, problem.num_devices)
+            widen = f"{tp} in search.space.tp"
+            changes.append(widen if there else f"a pool of {tp} devices in one node, for tp{tp}")
             break
     if not changes:
         missing = _missing_bytes(problem, plan) / GIB

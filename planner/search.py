@@ -160,9 +160,12 @@ class Search:
                 return
             # The master names the most promising plan; all that could still beat what is known
             # are settled before it is asked again, for one solve costs many simulations.
+            before = self._iterations
             for candidate in sorted(self._open(), key=lambda c: c.key):
                 if self._beats_best(candidate):
                     self._evaluate(candidate)
+            if self._iterations == before:
+                raise PlannerError(f"the master keeps naming {chosen.plan}, which cannot win")
 
     def _open(self) -> list[Candidate]:
         return [c for c in self._candidates if c.fate is Fate.OPEN]

@@ -47,14 +47,16 @@ class Space:
     size: int
 
 
-def _launch_rule(problem: Problem, tp: int, limits: BatchingLimits) -> str | None:
+def _launch_rule(
+    problem: Problem, tp: int, limits: BatchingLimits, *, on_any_node: bool = False
+) -> str | None:
     """The first rule of the engine that such a replica breaks whatever the memory."""
     model = problem.model
     for rule, broken in (
         (HEADS, model.num_heads % tp != 0),
         (FFN, model.intermediate_size % tp != 0),
         (KV_HEADS, model.num_kv_heads % tp != 0 and tp % model.num_kv_heads != 0),
-        (NODE, tp > problem.devices_per_node),
+        (NODE, tp > problem.devices_per_node and not on_any_node),
         (COLLECTIVES, tp not in problem.compiler.widths),
         (BUDGET, limits.max_num_batched_tokens < limits.max_num_seqs),
     ):
@@ -63,9 +65,14 @@ def _launch_rule(problem: Problem, tp: int, limits: BatchingLimits) -> str | Non
     return None
 
 
-def can_launch(problem: Problem, tp: int, limits: BatchingLimits) -> bool:
-    """Whether the engine starts such a replica, memory and device counts aside."""
-    return _launch_rule(problem, tp, limits) is None
+def can_launch(
+    problem: Problem, tp: int, limits: BatchingLimits, *, on_any_node: bool = False
+) -> bool:
+    """Whether the engine starts such a replica, memory and device counts aside.
+
+    With ``on_any_node`` the width of the pool's own nodes does not count either.
+    """
+    return _launch_rule(problem, tp, limits, on_any_node=on_any_node) is None
 
 
 def broken_rule(problem: Problem, plan: Plan) -> str | None:

@@ -109,12 +109,13 @@ def random_setting(rng: np.random.Generator) -> Setting:
     if concurrency:
         arrival_s = np.zeros(n)
     longest = int((prompts + outputs).max())
+    seqs = int(rng.integers(1, MAX_SEQS + 1))
     return Setting(
         Workload(arrival_s, prompts, outputs, concurrency),
         int(rng.integers(1, 4)),
         limits(
-            seqs=int(rng.integers(1, MAX_SEQS + 1)),
-            tokens=int(rng.integers(1, MAX_TOKENS + 1)),
+            seqs=seqs,
+            tokens=int(rng.integers(seqs, MAX_TOKENS + 1)),
             blocks=blocks_for(longest, 4) + int(rng.choice([0, 3, 20, 1000])),
             reserve=bool(rng.random() < 0.5),
             ingress_s=float(rng.choice([0.0, 9e-3])),
@@ -228,11 +229,13 @@ def twin_of(setting: Setting, rng: np.random.Generator) -> Setting:
     fewer = int(rng.integers(least, setting.limits.num_blocks + 1))
     blocks = setting.limits.num_blocks + int(rng.choice([0, 0, 1, 30]))
     peak = setting.start().finish().usage.blocks  # what is held, but maybe not what is demanded
-    changed = setting.limits._replace(
-        max_num_seqs=int(rng.choice([setting.limits.max_num_seqs, rng.integers(1, 17)])),
-        max_num_batched_tokens=int(
-            rng.choice([setting.limits.max_num_batched_tokens, rng.integers(1, MAX_TOKENS + 1)])
-        ),
+    own = setting.limits
+    seqs = int(rng.choice([own.max_num_seqs, rng.integers(1, own.max_num_seqs + 5)]))
+    seqs = min(seqs, MAX_SEQS, own.max_num_batched_tokens)
+    tokens = int(rng.choice([own.max_num_batched_tokens, rng.integers(seqs, MAX_TOKENS + 1)]))
+    changed = own._replace(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
         num_blocks=int(rng.choice([blocks, fewer, max(least, peak)])),
     )
     cost = setting.cost

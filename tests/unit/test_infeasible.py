@@ -88,9 +88,6 @@ def test_slo_relaxation_of_long_times(num_requests: int) -> None:
     assert solve(scenario(slo=relaxed, **sections)).status == "optimal"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a limit that stops the search for a relaxation hides the proof"
-)
 def test_slo_infeasibility_survives_a_work_limit() -> None:
     """Bounds alone prove that 1 ms cannot be met; looking for a relaxation may not undo that."""
     infeasible(slo={"ttft_ms": {"p99": 1}}, search={"work_limit": 1, "space": SPACE})
@@ -171,7 +168,6 @@ def test_pinned_blocks_that_are_too_few() -> None:
     assert solve(scenario(model=model, **pinned)).status == "optimal"
 
 
-@pytest.mark.xfail(strict=True, reason="the memory model judges where measured blocks replace it")
 def test_pinned_blocks_are_not_helped_by_memory() -> None:
     """A measured block count does not grow with memory or devices, so neither is suggested."""
     _, relaxation = infeasible(engine=engine(num_gpu_blocks=20), search={"space": SPACE})
@@ -179,7 +175,6 @@ def test_pinned_blocks_are_not_helped_by_memory() -> None:
     assert "devices in one node" not in relaxation
 
 
-@pytest.mark.xfail(strict=True, reason="suggested widths are not checked against the heads")
 def test_suggested_width_can_be_launched() -> None:
     """28 heads do not divide by 8: tp8 is no way out however little memory there is."""
     _, relaxation = infeasible(
