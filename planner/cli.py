@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Final, Optional
 
 import typer
@@ -65,6 +67,9 @@ def solve(
         bool, typer.Option("--exhaustive", help="Also simulate every plan and compare.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    timings: Annotated[
+        bool, typer.Option("--timings", help="Add search.seconds, which differs between runs.")
+    ] = False,
 ) -> None:
     """Find the best plan and prove that no other in the space is better."""
     from planner.api import solve as solve_scenario
@@ -74,11 +79,15 @@ def solve(
     check_target(json)
     loaded = Scenario.load(scenario)
     progress = None if quiet else _ProgressLine()
+    began_s = time.perf_counter()
     try:
         report = solve_scenario(loaded, exhaustive=exhaustive, on_progress=progress)
     finally:
         if progress is not None:
             progress.end()
+    if timings:
+        seconds = time.perf_counter() - began_s
+        report = replace(report, search=replace(report.search, seconds=seconds))
     deliver(report.to_json(), json)
     if json != STDOUT:
         render_solve(report, console(sys.stdout))

@@ -163,6 +163,8 @@ def _search(report: PlanReport) -> RenderableType:
         if count:
             table.add_row(f"{count:,}", text)
     table.add_row(f"{search.iterations:,}", "iterations simulated")
+    if search.seconds is not None:
+        table.add_row(f"{search.seconds:.2f}", "seconds")
     every = search.exhaustive
     if every is not None:
         agrees = "the same plan and value" if every["agrees"] else f"ANOTHER plan: {every['best']}"

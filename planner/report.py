@@ -123,6 +123,8 @@ class SearchSummary:
         With ``--exhaustive``: iterations of simulating every plan, of the distinct trajectories
         among them, the share that the search needed of the latter, and whether both name the
         same plan with the same value.
+    seconds
+        Wall-clock seconds of the solve, only where asked for: it differs between runs.
     """
 
     space: int
@@ -135,6 +137,7 @@ class SearchSummary:
     breaks_slo: int
     iterations: int
     exhaustive: Mapping[str, Any] | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,8 @@ class PlanReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, keys as in the contract; numbers rounded to ten digits."""
         data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        if self.search.seconds is None:
+            del data["search"]["seconds"]
         return data
 
     def to_json(self) -> str:

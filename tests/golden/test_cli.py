@@ -327,3 +327,23 @@ def test_json_into_a_pipe_keeps_the_pipe(cli: Cli, tmp_path: Path) -> None:
         assert json.loads(os.read(reader, 1 << 16))["status"] == "optimal"
     finally:
         os.close(reader)
+
+
+def test_timings_are_only_there_when_asked_for(cli: Cli, tmp_path: Path) -> None:
+    """``--timings`` adds search.seconds and nothing else; without it no clock is in the JSON."""
+    path = write(tmp_path)
+    _, plain, _ = cli("solve", path, "--json", "-")
+    _, timed, _ = cli("solve", path, "--timings", "--json", "-")
+    report = json.loads(timed)
+    assert report["search"].pop("seconds") > 0
+    assert report == json.loads(plain)
+
+
+def test_the_table_says_what_a_person_asks(cli: Cli, tmp_path: Path) -> None:
+    """Plan, behaviour, runners-up, exclusions with reasons and the launch command are all there."""
+    code, out, _ = cli("solve", write(tmp_path), "--exhaustive")
+    assert code == 0
+    for heading in ("optimal", "memory", "TTFT", "runners-up", "loses by", "excluded: ", "launch"):
+        assert heading in out
+    assert "exhaustive simulation names the same plan and value" in out
+    assert "vllm serve" in out
