@@ -94,8 +94,8 @@ def _errors(cases: list[Case], values: Floats) -> str:
     size = 100 * np.abs(np.expm1(log_ratios(cases, host_of(values))))
     mean, median = size.mean(axis=0), np.median(size, axis=0)
     return (
-        f"n {len(cases)}: TPOT mean {mean[0]:.1f} median {median[0]:.1f}, "
-        f"TTFT mean {mean[1]:.1f} median {median[1]:.1f}"
+        f"n {len(cases)}: TPOT mean {mean[0]:.2f} median {median[0]:.2f}, "
+        f"TTFT mean {mean[1]:.2f} median {median[1]:.2f}"
     )
 
 
