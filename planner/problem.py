@@ -106,6 +106,10 @@ class Problem:
     provenance: Mapping[str, object]
     warnings: tuple[str, ...]
 
+    def replicas_that_fit(self, tp: int) -> int:
+        """Replicas that the pool holds when none spans two nodes."""
+        return self.num_devices // self.devices_per_node * (self.devices_per_node // tp)
+
     def memory(self, tp: int, limits: BatchingLimits) -> MemoryBudget:
         """Memory of one rank of a replica."""
         return memory_budget(self.model, self.device, tp, limits, self.memory_rules)

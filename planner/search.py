@@ -364,5 +364,8 @@ def _master_classes(problem: Problem) -> list[ReplicaClass]:
                 if problem.num_blocks is not None:  # measured: the memory model does not judge
                     held = problem.num_blocks >= full_request and budget.num_blocks > 0
                     need = 0 if held else budget.usable_bytes + 1
-                classes.append(ReplicaClass(tp, limits, grid.replicas, need, budget.usable_bytes))
+                most = problem.replicas_that_fit(tp)
+                classes.append(
+                    ReplicaClass(tp, limits, grid.replicas, need, budget.usable_bytes, most)
+                )
     return classes

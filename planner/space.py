@@ -18,10 +18,11 @@ NODE = "tp is wider than a node"
 COLLECTIVES = "no measured all-reduce at this tp"
 BUDGET = "max_num_batched_tokens is below max_num_seqs"
 DEVICES = "more devices than the pool has"
+PACKING = "more replicas than fit into whole nodes"
 WEIGHTS = "weights, activations and overhead exceed device memory"
 KV_CACHE = "KV cache cannot hold one request of max_model_len"
 
-RULES = (HEADS, FFN, KV_HEADS, NODE, COLLECTIVES, BUDGET, DEVICES, WEIGHTS, KV_CACHE)
+RULES = (HEADS, FFN, KV_HEADS, NODE, COLLECTIVES, BUDGET, DEVICES, PACKING, WEIGHTS, KV_CACHE)
 """Rules in the order in which they are tried; a plan counts under the first that excludes it.
 
 Sources: vLLM model_executor/models/llama.py (heads, KV heads), model_executor/layers/linear.py
@@ -82,6 +83,8 @@ def broken_rule(problem: Problem, plan: Plan) -> str | None:
         return rule
     if plan.devices > problem.num_devices:
         return DEVICES
+    if plan.replicas > problem.replicas_that_fit(plan.tp):
+        return PACKING
     if problem.memory(plan.tp, plan.limits).num_blocks <= 0:
         return WEIGHTS
     held_tokens = problem.blocks(plan.tp, plan.limits) * problem.memory_rules.block_tokens
@@ -104,6 +107,12 @@ def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
         return f"KV cache holds {held} tokens; max_model_len is {problem.max_model_len}"
     if rule == DEVICES:
         return f"needs {plan.devices} devices; the pool has {problem.num_devices}"
+    if rule == PACKING:
+        return (
+            f"a node of {problem.devices_per_node} devices holds "
+            f"{problem.devices_per_node // plan.tp} of them; the pool holds "
+            f"{problem.replicas_that_fit(plan.tp)}"
+        )
     if rule == NODE:
         return f"tp is {plan.tp}; a node has {problem.devices_per_node} devices"
     if rule == BUDGET:

@@ -36,6 +36,12 @@ class Constraints:
         taken = [c.tp * n for c, n in zip(self.classes, self.variables.count, strict=True)]
         self.model.add(sum(taken) <= num_devices)
 
+    def node_packing(self) -> None:
+        """No replica spans two nodes, so the remainder of each node stays idle."""
+        for replica_class, count in zip(self.classes, self.variables.count, strict=True):
+            if replica_class.most is not None:
+                self.model.add(count <= replica_class.most)
+
     def memory(self) -> None:
         """What a rank must hold has to fit where its class is used."""
         for replica_class, used in zip(self.classes, self.variables.used, strict=True):

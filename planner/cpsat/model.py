@@ -74,6 +74,7 @@ def solve_master(
     constraints = Constraints(model, variables, classes)
     constraints.one_class()
     constraints.device_count(num_devices)
+    constraints.node_packing()
     constraints.memory()
     constraints.forbid(forbidden)
     objective = Objective(model, variables, tuple(levels))

@@ -26,6 +26,8 @@ class ReplicaClass:
     need_bytes, capacity_bytes
         Bytes that one of its ranks must hold (weights, activations, overhead and the KV of one
         full request), and bytes that the engine may use.
+    most
+        Replicas of it that fit into whole nodes; ``None`` where nodes do not matter.
     """
 
     tp: int
@@ -33,6 +35,7 @@ class ReplicaClass:
     counts: tuple[int, ...]
     need_bytes: int
     capacity_bytes: int
+    most: int | None = None
 
 
 @dataclass(frozen=True)

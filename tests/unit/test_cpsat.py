@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -91,6 +92,15 @@ def test_device_count_adds_up_over_classes() -> None:
         one.use((0, 2))
         one.use((1, 1))
         assert one.is_feasible() == feasible
+
+
+@pytest.mark.parametrize(("most", "feasible"), [(None, True), (2, True), (1, False)])
+def test_node_packing(most: int | None, feasible: bool) -> None:
+    """Two replicas need room for two in whole nodes, however many devices the pool has."""
+    one = OneRule([dataclasses.replace(replica_class(4), most=most)])
+    one.rules.node_packing()
+    one.use((0, 2))
+    assert one.is_feasible() == feasible
 
 
 @pytest.mark.parametrize(("need", "feasible"), [(10, True), (11, False)])
