@@ -62,11 +62,13 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
     )
     max_model_len = _max_model_len(scenario, model)
     device = _device(scenario)
-    engine = load_engine(spec.name, spec.version, source=source)
+    _check_weight_dtype(scenario, model, device)
+    engine = load_engine(spec.name, spec.version, device=device.name, source=source)
     table = load_kernel_table(device.name, engine.name, engine.kernel_table_version)
     defaults = engine.default_limits(device)
     space = _space(scenario)
     workload, digest, warnings = _workload(scenario, max_model_len)
+    warnings.extend(engine.warnings)
     price = device.price_per_hour if pool.price_per_hour is None else pool.price_per_hour
     if host is not None:
         warnings.append("host constants are the caller's, not the engine version's")
@@ -75,7 +77,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         warnings.append("engine.calibration is none: kernel tables alone, without host time")
     else:
         host = engine.host
-        warnings.extend(engine.warnings)
+        warnings.extend(engine.host_warnings)
     compiler = CostCompiler(
         model,
         device,
@@ -145,6 +147,21 @@ def _device(scenario: Scenario) -> Device:
         raise InputError(
             source=scenario.source, field="cluster.pools.0.device", value=name, rule=error.rule
         ) from None
+
+
+def _check_weight_dtype(scenario: Scenario, model: ModelShape, device: Device) -> None:
+    """Refuse fp8 weights where no tensor core multiplies them: nothing there was measured."""
+    if device.flops(model.weight_dtype) > 0:
+        return
+    raise InputError(
+        source=scenario.source,
+        field="model.weight_dtype",
+        value=model.weight_dtype,
+        rule=(
+            f"needs fp8 tensor cores, which {device.name} lacks; the engine would unpack the "
+            "weights to bf16, which is not measured: use bf16 or another device"
+        ),
+    )
 
 
 def _max_model_len(scenario: Scenario, model: ModelShape) -> int:

@@ -44,9 +44,21 @@ class _Flag(_Entry):
     source: str
 
 
+class _DeviceTable(_Entry):
+    """A device whose kernel times are not what the engine version's own entry says."""
+
+    version: str
+    note: str
+
+
 class _KernelTable(_Entry):
     version: str
     note: str | None = None
+    devices: dict[str, _DeviceTable] = {}
+
+    def on(self, device: str | None) -> _KernelTable | _DeviceTable:
+        """What applies to one device: its own entry, or else the general one."""
+        return self.devices.get(device, self) if device else self
 
 
 class _Tier(_Entry):
@@ -70,6 +82,7 @@ class _Graphs(_Entry):
 
 
 class _AllReduceRule(_Entry):
+    devices: tuple[str, ...]
     values: dict[int, int]
     source: str
 
@@ -110,7 +123,7 @@ class EngineProfile:
     name, version
         The engine.
     kernel_table_version
-        Version whose measured kernels stand for it.
+        Version whose measured kernels stand for it on the device asked for.
     block_tokens
         Default tokens of a KV block.
     memory_fraction
@@ -127,7 +140,9 @@ class EngineProfile:
     host
         Host constants.
     warnings
-        What a report must say about constants that are not this version's own.
+        What a report must say about kernel times and constants that are not this version's own.
+    host_warnings
+        The same about its host constants, where they are used.
 
     """
 
@@ -143,6 +158,7 @@ class EngineProfile:
     nccl_all_reduce_from_bytes: dict[int, int]
     host: HostConstants
     warnings: tuple[str, ...]
+    host_warnings: tuple[str, ...]
     _tiers: tuple[_Tier, ...] = field(repr=False)
 
     def default_limits(self, device: Device) -> BatchingLimits:
@@ -154,8 +170,19 @@ class EngineProfile:
         raise PlannerError(f"engine {self.name} {self.version} has no tier for {device.name}")
 
 
-def load_engine(name: str, version: str, *, source: str = "<scenario>") -> EngineProfile:
+def load_engine(
+    name: str, version: str, *, device: str | None = None, source: str = "<scenario>"
+) -> EngineProfile:
     """Read one engine version's profile.
+
+    Parameters
+    ----------
+    name, version
+        The engine.
+    device
+        Device whose kernel table is wanted; ``None``: that of most devices.
+    source
+        File that an error names.
 
     Raises
     ------
@@ -169,12 +196,11 @@ def load_engine(name: str, version: str, *, source: str = "<scenario>") -> Engin
     if version not in file.versions:
         raise _unknown(source, "engine.version", version, tuple(file.versions))
     entry = file.versions[version]
-    warnings = []
-    if entry.kernel_table.note:
-        warnings.append(entry.kernel_table.note)
+    table = entry.kernel_table.on(device)
+    warnings, host_warnings = [table.note] if table.note else [], []
     overhead, host = entry.overhead_gib, entry.host
     if isinstance(host, _Transferred):
-        warnings.append(
+        host_warnings.append(
             f"host constants of {name} {version} are transferred from {host.transferred_from}: "
             "no measured run of this version has calibrated them"
         )
@@ -188,7 +214,7 @@ def load_engine(name: str, version: str, *, source: str = "<scenario>") -> Engin
     return EngineProfile(
         name=name,
         version=version,
-        kernel_table_version=entry.kernel_table.version,
+        kernel_table_version=table.version,
         block_tokens=int(file.block_tokens.value),
         memory_fraction=entry.memory_fraction.value,
         overhead_bytes=int(overhead.value * GIB),
@@ -199,7 +225,7 @@ def load_engine(name: str, version: str, *, source: str = "<scenario>") -> Engin
             entry.graphs.full_decode,
             entry.graphs.captures_budget,
         ),
-        nccl_all_reduce_from_bytes=dict(rule.values) if rule else {},
+        nccl_all_reduce_from_bytes=dict(rule.values) if rule and device in rule.devices else {},
         host=HostConstants(
             iteration_s=host.iteration_ms.value * S_PER_MS,
             sequence_s=host.sequence_ms.value * S_PER_MS,
@@ -208,6 +234,7 @@ def load_engine(name: str, version: str, *, source: str = "<scenario>") -> Engin
             prefill_multiplier=host.prefill_multiplier.value,
         ),
         warnings=tuple(warnings),
+        host_warnings=tuple(host_warnings),
         _tiers=entry.limits.tiers,
     )
 

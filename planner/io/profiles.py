@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from planner.errors import InputError
+from planner.errors import NO_VALUE, InputError
 from simulator.device import Device
 from simulator.table import AttentionSeries, GemmGrid, KernelTable, MessageSeries
 from simulator.units import GIB
@@ -28,6 +28,8 @@ KERNELS_FOLDER: Final = "profiles/kernels"
 GIGA: Final = 1e9
 MICRO: Final = 1e-6
 TERA: Final = 1e12
+SCHEMA_VERSION: Final = 1
+"""Format of a kernel table that this version reads."""
 
 Arrays = dict[str, "NDArray[Any]"]
 
@@ -35,6 +37,8 @@ Arrays = dict[str, "NDArray[Any]"]
 @lru_cache(maxsize=64)
 def load_device(name: str) -> Device:
     """Facts of one catalogued device.
+
+    A device without fp8 tensor cores has an fp8 peak of 0; one without a known price has ``None``.
 
     Raises
     ------
@@ -52,7 +56,7 @@ def load_device(name: str) -> Device:
         memory_bytes=int(fact["memory_gib"] * GIB),
         memory_bandwidth_bytes_per_s=fact["memory_bandwidth_gb_per_s"] * GIGA,
         bf16_flops=fact["bf16_tflops"] * TERA,
-        fp8_flops=fact["fp8_tflops"] * TERA,
+        fp8_flops=(fact["fp8_tflops"] or 0.0) * TERA,
         link_bytes_per_s=fact["link_gb_per_s"] * GIGA,
         scaleup_domain=fact["scaleup_domain"],
         elementwise_launch_s=fact["elementwise_launch_us"] * MICRO,
@@ -68,9 +72,7 @@ def available_kernel_tables() -> list[tuple[str, str, str]]:
 
 def kernel_table_digest(device: str, engine: str, version: str) -> str:
     """SHA-256 of a shipped kernel table's arrays, as recorded beside it."""
-    metadata_file = _metadata_files()[device, engine, version]
-    metadata = json.loads(metadata_file.read_text(encoding="utf-8"))
-    return str(metadata["npz_sha256"])
+    return str(_read_metadata(device, engine, version)["npz_sha256"])
 
 
 @lru_cache(maxsize=16)
@@ -80,11 +82,11 @@ def load_kernel_table(device: str, engine: str, version: str) -> KernelTable:
     Raises
     ------
     InputError
-        If no such table ships, or its arrays do not match the checksum beside them.
+        If no such table ships, it has another format, or its arrays do not match the checksum
+        beside them.
 
     """
-    found = _metadata_files()
-    known = list(found)
+    known = available_kernel_tables()
     for position, (field, value) in enumerate(
         (("device", device), ("engine", engine), ("version", version))
     ):
@@ -92,10 +94,10 @@ def load_kernel_table(device: str, engine: str, version: str) -> KernelTable:
         if value not in choices:
             raise InputError(source=KERNELS_FOLDER, field=field, value=value, rule=_one_of(choices))
         known = [key for key in known if key[position] == value]
-    metadata_file = found[device, engine, version]
-    metadata = json.loads(metadata_file.read_text(encoding="utf-8"))
-    name = metadata_file.name.removesuffix(".json") + ".npz"
-    blob = (files(PACKAGE) / "kernels" / device / name).read_bytes()
+    metadata = _read_metadata(device, engine, version)
+    name = f"{engine}-{version}.npz"
+    file = files(PACKAGE) / "kernels" / device / name
+    blob = file.read_bytes() if file.is_file() else b""
     digest = hashlib.sha256(blob).hexdigest()
     if digest != metadata["npz_sha256"]:
         raise InputError(
@@ -114,14 +116,39 @@ def _one_of(names: Iterable[str]) -> str:
 
 
 def _metadata_files() -> dict[tuple[str, str, str], Traversable]:
+    """Shipped ``<device>/<engine>-<version>.json`` by device, engine and version."""
     found: dict[tuple[str, str, str], Traversable] = {}
     for folder in (files(PACKAGE) / "kernels").iterdir():
-        if folder.is_dir():
-            for file in folder.iterdir():
-                if file.name.endswith(".json"):
-                    data = json.loads(file.read_text(encoding="utf-8"))
-                    found[data["device"], data["engine"], data["engine_version"]] = file
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if file.name.endswith(".json"):
+                engine, _, version = file.name.removesuffix(".json").partition("-")
+                found[folder.name, engine, version] = file
     return found
+
+
+def _read_metadata(device: str, engine: str, version: str) -> dict[str, Any]:
+    """The JSON beside one table's arrays, checked to be that table's and of our format."""
+    source = f"{KERNELS_FOLDER}/{device}/{engine}-{version}.json"
+    try:
+        metadata = json.loads(_metadata_files()[device, engine, version].read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(
+            source=source, field="", value=NO_VALUE, rule=f"is not JSON: {error}"
+        ) from None
+    if not isinstance(metadata, dict):
+        raise InputError(source=source, field="", value=metadata, rule="must be a mapping")
+    expected = {
+        "schema_version": SCHEMA_VERSION,
+        "device": device,
+        "engine": engine,
+        "engine_version": version,
+    }
+    for field, wanted in expected.items():
+        if metadata.get(field) != wanted:
+            raise InputError(
+                source=source, field=field, value=metadata.get(field), rule=f"must be {wanted!r}"
+            )
+    return metadata
 
 
 def _table(metadata: dict[str, Any], arrays: Arrays) -> KernelTable:

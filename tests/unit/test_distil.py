@@ -17,10 +17,11 @@ from planner.io.profiles import load_kernel_table
 from profiles import distil
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "profiles" / "kernels" / distil.DEVICE
-NAME = f"{distil.ENGINE}-{distil.ENGINE_VERSION}"
+KERNELS = ROOT / "profiles" / "kernels"
+H100 = distil.SYSTEMS[0]
 MAX_RELATIVE_ERROR = 1e-4  # 0.01 %, stated in the metadata beside the arrays
 MAX_NPZ_BYTES = 1_000_000  # shipped files stay below 1 MB each
+H100_ARRAYS = "142bbaf1bb8c44e2a368384b5dcfc682ba34a563be80dd537a094b975be97843"
 
 needs_data = pytest.mark.skipif(
     importlib.util.find_spec(distil.PACKAGE) is None or importlib.util.find_spec("pyarrow") is None,
@@ -43,9 +44,17 @@ def hook(event, arguments):
             opened.add(path.relative_to(systems).as_posix())
 
 sys.addaudithook(hook)
-distil.write(systems, Path(sys.argv[1]))
+for system in distil.SYSTEMS:
+    distil.write(systems, Path(sys.argv[1]), system)
 print("\\n".join(sorted(opened)))
 """
+
+each_system = pytest.mark.parametrize("system", distil.SYSTEMS, ids=lambda one: one.device)
+
+
+def shipped(system: distil.System) -> Path:
+    """The arrays that ship for a system."""
+    return KERNELS / system.device / f"{distil.ENGINE}-{system.engine_version}.npz"
 
 
 @pytest.mark.parametrize(
@@ -53,8 +62,11 @@ print("\\n".join(sorted(opened)))
     [
         "silicon_sample.csv",
         "data/h100_sxm/silicon_sample.csv",
-        f"data/../{distil.GEMM}",
-        distil.GEMM.replace("0.24.0", "0.19.0"),
+        f"data/../{H100.tables['gemm']}",
+        H100.tables["gemm"].replace("0.24.0", "0.19.0"),
+        H100.tables["gemm"].replace("h100_sxm", "b60"),
+        "data/h200_sxm/quantize/vllm/0.24.0/scale_matrix_perf.parquet",
+        "data/b200_sxm/attention/vllm/0.22.0/reuse.yaml",
         "h100_sxm.yaml",
     ],
 )
@@ -76,6 +88,42 @@ def test_allow_list_names_kernel_tables_only() -> None:
     """Every allowed file is a kernel performance table, never a serving sample."""
     assert all(name.endswith("_perf.parquet") for name in distil.ALLOWED_TABLES)
     assert not any("silicon" in name for name in distil.ALLOWED_TABLES)
+    assert len(set(distil.ALLOWED_TABLES)) == len(distil.ALLOWED_TABLES) == 5 * len(distil.SYSTEMS)
+
+
+def test_a_table_that_is_declared_another_versions_is_refused(tmp_path: Path) -> None:
+    """A version folder with a reuse file is refused before the table, which exists, is read."""
+    target = tmp_path / H100.tables["context"]
+    target.parent.mkdir(parents=True)
+    target.write_text("measured", encoding="utf-8")
+    (target.parent / distil.REUSE).write_text("reuse: []", encoding="utf-8")
+    with pytest.raises(distil.ReusedTableError, match="another version"):
+        distil.open_table(tmp_path, H100.tables["context"])
+
+
+def test_a_series_without_its_smallest_cell_is_left_out() -> None:
+    """Only a series timed at one sequence of one token stays; the metadata names the other."""
+    columns = {
+        "batch_size": np.array([1, 2, 2]),
+        "isl": np.array([1, 1, 1]),
+        "step": np.array([0, 0, 4]),
+        "head_dim": np.full(3, 128),
+        "num_heads": np.array([8, 8, 64]),
+        "num_key_value_heads": np.array([1, 1, 1]),
+        "kv_cache_dtype": np.array(["bfloat16", "bfloat16", "fp8"], dtype=object),
+        "latency": np.array([1.0, 2.0, 3.0]),
+    }
+    arrays = distil.attention_arrays(columns, "generation")
+    assert arrays["generation_key"].tolist() == [[128, 0, 0, 8, 1]]
+    table = distil.SourceTable("t", 3, "", columns)
+    dtypes = {"gemm_dtype": np.array(["nvfp4"]), "nccl_dtype": np.array(["half"])}
+    other = distil.SourceTable("t", 1, "", dtypes)
+    sources = {"gemm": other, "nccl": other, "context": table, "generation": table}
+    assert distil.left_out(sources) == ["gemm_dtype nvfp4"] + [
+        f"{family} series without its smallest cell: head_dim 128, window 0, fp8 KV, 64 heads, "
+        "1 KV heads"
+        for family in ("context", "generation")
+    ]
 
 
 def test_quantisation_error_is_below_the_stated_bound() -> None:
@@ -98,41 +146,59 @@ def test_dense_keeps_the_fastest_of_several_kernels() -> None:
     np.testing.assert_array_equal(grid, [1.0, 3.0, np.nan])
 
 
-def test_shipped_metadata_matches_the_arrays() -> None:
-    """The shipped arrays carry the recorded checksum, licence and version, and stay small."""
-    blob = (SHIPPED / f"{NAME}.npz").read_bytes()
-    metadata = json.loads((SHIPPED / f"{NAME}.json").read_text(encoding="utf-8"))
+@each_system
+def test_shipped_metadata_matches_the_arrays(system: distil.System) -> None:
+    """The shipped arrays carry the recorded checksum, licence and tables, and stay small."""
+    blob = shipped(system).read_bytes()
+    metadata = json.loads(shipped(system).with_suffix(".json").read_text(encoding="utf-8"))
     assert hashlib.sha256(blob).hexdigest() == metadata["npz_sha256"]
     assert metadata["source"] == {
         "package": "aiconfigurator-core",
         "version": "0.12.0",
         "licence": "Apache-2.0",
     }
-    assert len(metadata["tables"]) == len(distil.ALLOWED_TABLES)
+    recorded = [table["path"] for table in metadata["tables"]]
+    assert recorded == [f"{distil.PACKAGE}/systems/{name}" for name in system.tables.values()]
+    assert metadata.get("notes", []) == list(system.notes)
+    if len({system.engine_version, system.all_reduce}) > 1:
+        assert any(system.all_reduce in note for note in system.notes)  # never silently
     assert len(blob) < MAX_NPZ_BYTES
 
 
+def test_what_ships_is_what_the_program_lists() -> None:
+    """No file ships that the program does not make, and the H100 arrays are the first release's."""
+    files = {file for file in KERNELS.rglob("*") if file.is_file()}
+    assert files == {
+        shipped(system).with_suffix(suffix)
+        for system in distil.SYSTEMS
+        for suffix in (".npz", ".json")
+    }
+    assert hashlib.sha256(shipped(H100).read_bytes()).hexdigest() == H100_ARRAYS
+
+
 @needs_data
-def test_distilling_again_gives_the_shipped_arrays(tmp_path: Path) -> None:
+@each_system
+def test_distilling_again_gives_the_shipped_arrays(system: distil.System, tmp_path: Path) -> None:
     """Two runs write the same bytes, and the arrays are those that ship."""
     systems = distil.find_systems()
-    first = distil.write(systems, tmp_path / "a")
-    second = distil.write(systems, tmp_path / "b")
+    first = distil.write(systems, tmp_path / "a", system)
+    second = distil.write(systems, tmp_path / "b", system)
     assert first.read_bytes() == second.read_bytes()
     assert first.with_suffix(".json").read_text() == second.with_suffix(".json").read_text()
     # Arrays, not bytes: another zlib may compress the same arrays differently.
-    with np.load(first) as fresh, np.load(SHIPPED / f"{NAME}.npz") as shipped:
-        assert sorted(fresh.files) == sorted(shipped.files)
+    with np.load(first) as fresh, np.load(shipped(system)) as kept:
+        assert sorted(fresh.files) == sorted(kept.files)
         for key in fresh.files:
-            np.testing.assert_array_equal(fresh[key], shipped[key])
+            np.testing.assert_array_equal(fresh[key], kept[key])
 
 
 @needs_data
-def test_shipped_times_match_the_source_rows() -> None:
+@each_system
+def test_shipped_times_match_the_source_rows(system: distil.System) -> None:
     """Every bf16 GEMM and all-reduce row of the source decodes to within 0.01 %."""
     systems = distil.find_systems()
-    table = load_kernel_table(distil.DEVICE, distil.ENGINE, distil.ENGINE_VERSION)
-    rows = distil.open_table(systems, distil.GEMM).columns
+    table = load_kernel_table(system.device, distil.ENGINE, system.engine_version)
+    rows = distil.open_table(systems, system.tables["gemm"]).columns
     keep = rows["gemm_dtype"] == "bfloat16"
     grid = table.gemm["bf16"]
     cells = tuple(
@@ -140,7 +206,7 @@ def test_shipped_times_match_the_source_rows() -> None:
     )
     error = grid.time_s[cells] / (rows["latency"][keep] * 1e-3) - 1
     assert np.abs(error).max() < MAX_RELATIVE_ERROR
-    messages = distil.open_table(systems, distil.ALL_REDUCE).columns
+    messages = distil.open_table(systems, system.tables["all_reduce"]).columns
     for index, elements in enumerate(messages["message_size"]):
         backend = distil.BACKENDS[messages["backend"][index]]
         series = table.all_reduce[backend, int(messages["num_gpus"][index])]
