@@ -257,6 +257,8 @@ class Search:
         """Give what was learnt of ``candidate`` to the plans that run exactly alike."""
         trace = Trace(candidate.plan, run.limits, run.cost, run.usage())
         for other in self._open():
+            if (other.plan.replicas, other.plan.tp) != (candidate.plan.replicas, candidate.plan.tp):
+                continue
             limits = self.problem.replica_limits(other.plan)
             cost = self.problem.compiler.compile(other.plan.tp, other.plan.limits)
             if not trace.same_for(other.plan, limits, cost):

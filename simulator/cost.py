@@ -160,6 +160,8 @@ class CostCompiler:
         self._tokens = np.arange(max_tokens + 1)
         self._max_seqs = max_seqs
         self._max_context = max_context
+        self._costs: dict[tuple[int, BatchingLimits], IterationCost] = {}
+        self._linear: dict[tuple[int, tuple[int, ...]], tuple[Floats, Floats]] = {}
         self._layers: dict[int, _Layers] = {}
         self._attention: dict[int, tuple[Floats, Floats, Floats]] = {}
         self._sampled: dict[int, Floats] = {}
@@ -177,9 +179,14 @@ class CostCompiler:
         return (1, *sorted(g for g in measured if g <= self._device.scaleup_domain))
 
     def compile(self, tp: int, limits: BatchingLimits) -> IterationCost:
-        """Cost of a ``tp``-wide replica under ``limits``."""
+        """Cost of a ``tp``-wide replica under ``limits``; its arrays are views of shared ones."""
+        if (tp, limits) not in self._costs:
+            self._costs[tp, limits] = self._compile(tp, limits)
+        return self._costs[tp, limits]
+
+    def _compile(self, tp: int, limits: BatchingLimits) -> IterationCost:
         tokens = limits.max_num_batched_tokens
-        decode, mixed = self._linear_s(tp, limits)
+        decode, mixed = self._linear_s(tp, self._graphs.captured(limits))
         knots, attention, prefill = self._attention_of(tp)
         floor = self._host.eager_layer_s * self._model.num_layers
         seqs = min(limits.max_num_seqs, self._max_seqs)
@@ -189,7 +196,7 @@ class CostCompiler:
             sampled_s=self._sampled_of(tp)[: seqs + 1],
             attention_s=attention[: seqs + 1],
             context_knots=knots,
-            prefill_s=prefill * self._host.prefill_multiplier,
+            prefill_s=prefill,
             decode_floor_s=0.0 if self._graphs.full_decode else floor,
             mixed_floor_s=floor,
             iteration_host_s=self._host.iteration_s,
@@ -231,15 +238,18 @@ class CostCompiler:
     def _note(self, tp: int, name: str, axis: _Axis, labels: npt.NDArray[np.int8]) -> None:
         self._labels[tp, name] = (axis, labels)
 
-    def _linear_s(self, tp: int, limits: BatchingLimits) -> tuple[Floats, Floats]:
-        """Device time without attention of decode and mixed iterations, by tokens."""
+    def _linear_s(self, tp: int, captured: tuple[int, ...]) -> tuple[Floats, Floats]:
+        """Device time without attention of decode and mixed iterations, by tokens.
+
+        ``captured`` are the CUDA-graph sizes; plans that capture the same share the arrays.
+        """
+        if (tp, captured) in self._linear:
+            return self._linear[tp, captured]
         layers = self._layers_of(tp)
-        captured = self._graphs.captured(limits)
         largest = captured[-1] if captured else 0
-        count = limits.max_num_batched_tokens + 1
-        in_graph = np.arange(count) <= largest
-        reduce_s = np.where(in_graph, layers.graph_reduce_s[:count], layers.eager_reduce_s[:count])
-        linear = layers.gemm_s[:count] + layers.elementwise_s[:count] + reduce_s
+        in_graph = self._tokens <= largest
+        reduce_s = np.where(in_graph, layers.graph_reduce_s, layers.eager_reduce_s)
+        linear = layers.gemm_s + layers.elementwise_s + reduce_s
         if captured:
             # A batch inside the captured range is padded up to the next captured size.
             sizes = np.array(captured)
@@ -248,7 +258,8 @@ class CostCompiler:
         linear[0] = 0.0
         # Interpolated parts never fall by themselves; the step from graph to eager might.
         linear = np.maximum.accumulate(linear)
-        return linear, linear * self._host.prefill_multiplier
+        self._linear[tp, captured] = linear, linear * self._host.prefill_multiplier
+        return self._linear[tp, captured]
 
     def _layers_of(self, tp: int) -> _Layers:
         if tp not in self._layers:
@@ -321,7 +332,8 @@ class CostCompiler:
         attention = np.maximum.accumulate(attention, axis=0)
         attention = np.maximum.accumulate(attention, axis=1)
         layers = model.num_layers
-        return knots.astype(np.float64), layers * attention, layers * np.maximum.accumulate(prompt)
+        prompt = layers * self._host.prefill_multiplier * np.maximum.accumulate(prompt)
+        return knots.astype(np.float64), layers * attention, prompt
 
     def _sampled_of(self, tp: int) -> Floats:
         """Head, sampler and host time by sampled sequences, (S + 1,) seconds."""
