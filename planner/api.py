@@ -155,7 +155,7 @@ def _report(
         search=summary,
         provenance=_provenance(problem, labels),
         warnings=_warnings(problem, labels),
-        deterministic=found.stopped_by not in ("time_limit", "interrupt"),
+        deterministic=found.deterministic,
     )
 
 
@@ -258,8 +258,9 @@ def _exhaust(
 
 
 def _infeasible_report(problem: Problem, found: SearchResult) -> PlanReport:
+    deterministic = True
     if found.space.plans:
-        reason, relaxation = explain_slo(problem)
+        reason, relaxation, deterministic = explain_slo(problem)
     else:
         reason, relaxation = explain_empty_space(problem, found.space)
     return PlanReport(
@@ -274,6 +275,7 @@ def _infeasible_report(problem: Problem, found: SearchResult) -> PlanReport:
         provenance=problem.provenance,
         warnings=problem.warnings,
         infeasible={"reason": reason, "relaxation": relaxation},
+        deterministic=deterministic,
     )
 
 

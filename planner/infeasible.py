@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from planner.objective import TICKS_PER_S, ExcessObjective, Outcome
 from planner.search import Search
 from planner.space import DEVICES, KV_CACHE, WEIGHTS, broken_rule, can_launch, explain_rule
-from simulator.memory import NULL_BLOCKS
 from simulator.plan import BatchingLimits, Plan
 from simulator.units import GIB, MS_PER_S
 
@@ -16,19 +15,21 @@ if TYPE_CHECKING:
     from planner.space import Space
 
 
-def explain_slo(problem: Problem) -> tuple[str, str]:
+def explain_slo(problem: Problem) -> tuple[str, str, bool]:
     """Reason and relaxation where every plan that can run breaks an SLO.
 
     The plan that exceeds its worst-kept limit least is found with the same search, so the
     relaxation is the least common stretch of all limits under which some plan is feasible.
 
     A limit may stop that search; the nearest plan that it found then stands in, and where it
-    found none, no relaxation is named: that no plan meets the SLOs is proved all the same.
+    found none, no relaxation is named: that no plan meets the SLOs is proved all the same. The
+    last value says whether the text is the same on every machine: not if a clock stopped it.
     """
     nearest = Search(problem, ExcessObjective(problem.constraints)).run()
     best = nearest.best
     if best is None:
-        return "no plan meets the SLOs", "the nearest was not found within the search's limits"
+        unknown = "the nearest was not found within the search's limits"
+        return "no plan meets the SLOs", unknown, nearest.deterministic
     outcome = Outcome.of(problem.start(best.plan).finish(), best.plan.devices)
     broken = [c for c in problem.constraints if c.is_broken(outcome)]
     figures = ", ".join(
@@ -41,7 +42,7 @@ def explain_slo(problem: Problem) -> tuple[str, str]:
     how_near = "the nearest" if nearest.proved else "the nearest found within the search's limits"
     reason = f"no plan meets the SLOs; {how_near}, {problem.plan_text(best.plan)}, has {figures}"
     fits = "smallest change that fits" if nearest.proved else "a change that fits"
-    return reason, f"{fits}: {changes}"
+    return reason, f"{fits}: {changes}", nearest.deterministic
 
 
 _TICKS_PER_MS = TICKS_PER_S / MS_PER_S
@@ -82,15 +83,9 @@ def _grid_shapes(problem: Problem) -> list[Plan]:
     return [plan for plan in plans if broken_rule(problem, plan) != DEVICES]
 
 
-def _needed_bytes(problem: Problem, plan: Plan) -> int:
-    """Bytes per device that hold weights, activations, overhead and one full request."""
-    budget = problem.memory(plan.tp, plan.limits)
-    blocks = -(-problem.max_model_len // problem.memory_rules.block_tokens) + NULL_BLOCKS
-    return budget.fixed_bytes + blocks * budget.block_bytes
-
-
 def _missing_bytes(problem: Problem, plan: Plan) -> int:
-    return _needed_bytes(problem, plan) - problem.memory(plan.tp, plan.limits).usable_bytes
+    needed = problem.needed_bytes(plan.tp, plan.limits)
+    return needed - problem.memory(plan.tp, plan.limits).usable_bytes
 
 
 def _memory_changes(problem: Problem, plan: Plan) -> list[str]:
@@ -102,9 +97,9 @@ def _memory_changes(problem: Problem, plan: Plan) -> list[str]:
     if held >= longest:
         changes.append(f"model.max_model_len: {held} (the longest request has {longest} tokens)")
     if problem.num_blocks is not None:  # measured: it grows neither with memory nor with devices
-        changes.append(f"engine.num_gpu_blocks: {-(-problem.max_model_len // block_tokens)}")
+        changes.append(f"engine.num_gpu_blocks: {problem.full_request_blocks}")
         return changes
-    share = _needed_bytes(problem, plan) / problem.device.memory_bytes
+    share = problem.needed_bytes(plan.tp, plan.limits) / problem.device.memory_bytes
     if share <= 1.0:
         changes.append(f"engine.gpu_memory_utilization: {-(-share * 1000 // 1) / 1000:g}")
     for tp in problem.compiler.widths:

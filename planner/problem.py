@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from simulator.memory import MemoryBudget, memory_budget
+from simulator.memory import NULL_BLOCKS, MemoryBudget, memory_budget
 from simulator.run import Run
 from simulator.state import Limits
 
@@ -117,6 +117,16 @@ class Problem:
     def blocks(self, tp: int, limits: BatchingLimits) -> int:
         """KV blocks that a replica's scheduler can hand out."""
         return self.memory(tp, limits).num_blocks if self.num_blocks is None else self.num_blocks
+
+    @property
+    def full_request_blocks(self) -> int:
+        """KV blocks that one request of ``max_model_len`` takes."""
+        return -(-self.max_model_len // self.memory_rules.block_tokens)
+
+    def needed_bytes(self, tp: int, limits: BatchingLimits) -> int:
+        """Bytes per rank of weights, activations, overhead and the KV of one full request."""
+        budget = self.memory(tp, limits)
+        return budget.fixed_bytes + (self.full_request_blocks + NULL_BLOCKS) * budget.block_bytes
 
     def replica_limits(self, plan: Plan) -> Limits:
         """Limits of one replica of ``plan`` as the simulator takes them."""

@@ -13,7 +13,6 @@ from planner.cpsat.variables import ReplicaClass
 from planner.errors import PlannerError
 from planner.objective import Outcome
 from planner.space import can_launch, enumerate_space
-from simulator.memory import NULL_BLOCKS
 from simulator.plan import BatchingLimits
 
 if TYPE_CHECKING:
@@ -94,6 +93,11 @@ class SearchResult:
     iterations: int
     stopped_by: str | None
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether the same search ends the same way everywhere."""
+        return self.stopped_by not in ("time_limit", "interrupt")
+
     def count(self, fate: Fate) -> int:
         """Plans settled in this way."""
         return sum(c.fate is fate for c in self.candidates)
@@ -156,7 +160,7 @@ class Search:
         """Alternate master and simulation until the master's choice is a simulated plan."""
         while True:
             chosen = self._solve_master()
-            if chosen is None or chosen.exact:
+            if chosen is self._best:  # also where neither has a plan: none keeps every rule
                 return
             # The master names the most promising plan; all that could still beat what is known
             # are settled before it is asked again, for one solve costs many simulations.
@@ -165,7 +169,7 @@ class Search:
                 if self._beats_best(candidate):
                     self._evaluate(candidate)
             if self._iterations == before:
-                raise PlannerError(f"the master keeps naming {chosen.plan}, which cannot win")
+                raise PlannerError(f"master and search disagree: {chosen} against {self._best}")
 
     def _open(self) -> list[Candidate]:
         return [c for c in self._candidates if c.fate is Fate.OPEN]
@@ -352,7 +356,6 @@ class Search:
 def _master_classes(problem: Problem) -> list[ReplicaClass]:
     """Classes that the engine can launch; memory and device counts are the master's to judge."""
     grid = problem.space
-    full_request = -(-problem.max_model_len // problem.memory_rules.block_tokens)
     classes = []
     for tp in grid.tp:
         for seqs in grid.max_num_seqs:
@@ -361,11 +364,10 @@ def _master_classes(problem: Problem) -> list[ReplicaClass]:
                 if not can_launch(problem, tp, limits):
                     continue
                 budget = problem.memory(tp, limits)
-                blocks = full_request + NULL_BLOCKS
-                need = budget.fixed_bytes + blocks * budget.block_bytes
+                need = problem.needed_bytes(tp, limits)
                 if problem.num_blocks is not None:  # measured: the memory model does not judge
-                    held = problem.num_blocks >= full_request and budget.num_blocks > 0
-                    need = 0 if held else budget.usable_bytes + 1
+                    held = problem.num_blocks >= problem.full_request_blocks
+                    need = 0 if held and budget.num_blocks > 0 else budget.usable_bytes + 1
                 most = problem.replicas_that_fit(tp)
                 classes.append(
                     ReplicaClass(tp, limits, grid.replicas, need, budget.usable_bytes, most)

@@ -83,6 +83,8 @@ class GraphRules:
     full_decode
         Whether a pure decode batch replays as one graph; otherwise only the pieces between
         attention calls do.
+    captures_budget
+        Whether the token budget itself is captured too where it is in the captured range.
 
     """
 
@@ -114,7 +116,7 @@ class _Axis(Enum):
 
 @dataclass(frozen=True)
 class _Layers:
-    """Time of all layers on one rank without attention, by tokens: parts and their labels."""
+    """Time of all layers on one rank without attention, by tokens, part by part."""
 
     gemm_s: Floats
     elementwise_s: Floats

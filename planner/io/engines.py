@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from planner.errors import InputError, PlannerError, nearest
 from planner.io.yaml_file import read_mapping
@@ -33,6 +33,12 @@ class _Fact(_Entry):
     value: float
     source: str | None = None
     fit: str | None = None
+
+    @model_validator(mode="after")
+    def _has_origin(self) -> _Fact:
+        if (self.source is None) == (self.fit is None):
+            raise ValueError("a value needs either its source or its fit")
+        return self
 
 
 class _Transferred(_Entry):
