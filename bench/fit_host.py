@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.runs_csv import case_of, parse_where, read_rows
 from planner.resolve import resolve
-from simulator.cost import HostConstants
+from simulator.engine_rules import HostConstants
 from simulator.metrics import statistic_s
 from simulator.plan import parse_plan
 

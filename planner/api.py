@@ -9,6 +9,7 @@ from planner.candidates import Candidate, Fate
 from planner.errors import InfeasibleError, InputError, LimitError, RefusalError
 from planner.infeasible import explain_empty_space, explain_slo
 from planner.objective import Outcome
+from planner.provenance import operator_labels, provenance_of, warnings_of
 from planner.report import (
     Alternative,
     ObjectiveSummary,
@@ -21,17 +22,15 @@ from planner.report import (
 from planner.resolve import resolve
 from planner.search import Search
 from planner.space import KV_CACHE, WEIGHTS, broken_rule, explain_rule
-from simulator.interpolate import Provenance
 from simulator.plan import parse_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from planner.problem import Problem
     from planner.scenario import Scenario
     from planner.search import Progress, SearchResult
     from simulator.plan import Plan
-    from simulator.run import RunResult
 
 _MAX_ALTERNATIVES: Final = 6
 """Runners-up in a report."""
@@ -110,13 +109,13 @@ def simulate(scenario: Scenario, plan_text: str) -> SimulationReport:
     run = problem.start(plan, record_gaps=True)
     result = run.finish()
     outcome = Outcome.of(result, plan.devices)
-    labels = _labels(problem, plan, result)
+    labels = operator_labels(problem, plan, result)
     return SimulationReport(
         plan=PlanSummary.of(problem, plan),
         metrics=run_metrics(problem, plan, result),
         breaks=tuple(c.name for c in problem.constraints if c.is_broken(outcome)),
-        provenance=_provenance(problem, labels),
-        warnings=_warnings(problem, labels),
+        provenance=provenance_of(problem, plan, result, labels),
+        warnings=warnings_of(problem, labels),
     )
 
 
@@ -139,7 +138,7 @@ def _report(
     plan = best.plan
     # Run again with the gaps between tokens recorded, which the search has no use for.
     result = problem.start(plan, record_gaps=True).finish()
-    labels = _labels(problem, plan, result)
+    labels = operator_labels(problem, plan, result)
     value = objective.value(best.score[0])
     bound = None if found.bound is None else objective.value(found.bound)
     return PlanReport(
@@ -153,8 +152,8 @@ def _report(
         metrics=run_metrics(problem, plan, result),
         alternatives=_alternatives(problem, found, best),
         search=summary,
-        provenance=_provenance(problem, labels),
-        warnings=_warnings(problem, labels),
+        provenance=provenance_of(problem, plan, result, labels),
+        warnings=warnings_of(problem, labels),
         deterministic=found.deterministic,
     )
 
@@ -277,35 +276,3 @@ def _infeasible_report(problem: Problem, found: SearchResult) -> PlanReport:
         infeasible={"reason": reason, "relaxation": relaxation},
         deterministic=deterministic,
     )
-
-
-def _provenance(problem: Problem, labels: Mapping[str, Provenance]) -> dict[str, object]:
-    return {
-        **problem.provenance,
-        "operators": {name: label.name.lower() for name, label in labels.items()},
-    }
-
-
-def _labels(problem: Problem, plan: Plan, result: RunResult) -> dict[str, Provenance]:
-    """Where the time of each operator comes from, at the run's largest batch."""
-    usage = result.usage
-    held_tokens = usage.blocks * problem.memory_rules.block_tokens
-    return problem.compiler.provenance(
-        plan.tp,
-        tokens=usage.tokens,
-        sequences=usage.seats,
-        context=max(1, held_tokens // usage.seats),
-        longest=int(problem.workload.prompt_tokens.max()),
-    )
-
-
-def _warnings(problem: Problem, labels: Mapping[str, Provenance]) -> tuple[str, ...]:
-    """The problem's warnings, and operators that no measurement covers."""
-    weak = [
-        f"{name} ({label.name.lower()})"
-        for name, label in labels.items()
-        if label in (Provenance.EXTRAPOLATED, Provenance.ROOFLINE)
-    ]
-    if not weak:
-        return problem.warnings
-    return (*problem.warnings, f"outside the measured kernel tables: {', '.join(weak)}")

@@ -112,6 +112,27 @@ def simulate(
         render_simulation(report, console(sys.stdout))
 
 
+@app.command(name="list")
+def list_names(
+    kind: Annotated[str, typer.Argument(help="devices, models, engines or interconnects.")],
+    json: JsonOption = None,
+) -> None:
+    """List what a scenario may name."""
+    from planner.errors import NO_VALUE, InputError
+    from planner.listing import KINDS
+    from planner.render import console, render_list
+    from planner.report import dump_json
+
+    check_target(json)
+    if kind not in KINDS:
+        rule = f"must be one of: {', '.join(KINDS)}"
+        raise InputError(source="list", field=kind, value=NO_VALUE, rule=rule)
+    rows = KINDS[kind]()
+    deliver(dump_json({kind: rows}), json)
+    if json != STDOUT:
+        render_list(rows, console(sys.stdout))
+
+
 def _exit_for(report: PlanReport) -> None:
     """End with the code of an infeasible answer, its reason on one line of stderr."""
     if report.infeasible is None:

@@ -91,13 +91,12 @@ def _missing_bytes(problem: Problem, plan: Plan) -> int:
 def _memory_changes(problem: Problem, plan: Plan) -> list[str]:
     """Changes that would each make ``plan`` fit, smallest first."""
     changes = []
-    block_tokens = problem.memory_rules.block_tokens
-    held = problem.blocks(plan.tp, plan.limits) * block_tokens
+    held = problem.layout(plan.tp).longest(problem.blocks(plan.tp, plan.limits))
     longest = int((problem.workload.prompt_tokens + problem.workload.output_tokens).max())
-    if held >= longest:
+    if held is not None and held >= longest:
         changes.append(f"model.max_model_len: {held} (the longest request has {longest} tokens)")
     if problem.num_blocks is not None:  # measured: it grows neither with memory nor with devices
-        changes.append(f"engine.num_gpu_blocks: {problem.full_request_blocks}")
+        changes.append(f"engine.num_gpu_blocks: {problem.full_request_blocks(plan.tp)}")
         return changes
     share = problem.needed_bytes(plan.tp, plan.limits) / problem.device.memory_bytes
     if share <= 1.0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from simulator.kv_layout import KvLayout, kv_layout
 from simulator.memory import NULL_BLOCKS, MemoryBudget, memory_budget
 from simulator.run import Run
 from simulator.state import Limits
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from planner.objective import Constraint, Objective
     from simulator.cost import CostCompiler
     from simulator.device import Device
+    from simulator.fabric import Fabric
     from simulator.memory import MemoryRules
     from simulator.model import ModelShape
     from simulator.plan import BatchingLimits, Plan
@@ -58,8 +60,10 @@ class Problem:
         Name of the scenario in messages.
     model, device, engine
         What is served, on what, by what.
-    num_devices, devices_per_node
-        The pool.
+    num_devices, devices_per_node, fabric
+        The pool, and the links in it.
+    quantized_at_load
+        Whether the engine quantises the checkpoint's weights while it loads them.
     price_per_hour
         USD per device and hour, or ``None``.
     memory_rules
@@ -90,6 +94,8 @@ class Problem:
     engine: EngineProfile
     num_devices: int
     devices_per_node: int
+    fabric: Fabric
+    quantized_at_load: bool
     price_per_hour: float | None
     memory_rules: MemoryRules
     num_blocks: int | None
@@ -107,8 +113,11 @@ class Problem:
     warnings: tuple[str, ...]
 
     def replicas_that_fit(self, tp: int) -> int:
-        """Replicas that the pool holds when none spans two nodes."""
-        return self.num_devices // self.devices_per_node * (self.devices_per_node // tp)
+        """Replicas that the pool holds: several to a node, or each on nodes of its own."""
+        nodes = self.num_devices // self.devices_per_node
+        if tp <= self.devices_per_node:
+            return nodes * (self.devices_per_node // tp)
+        return nodes // -(-tp // self.devices_per_node)
 
     def memory(self, tp: int, limits: BatchingLimits) -> MemoryBudget:
         """Memory of one rank of a replica."""
@@ -118,25 +127,46 @@ class Problem:
         """KV blocks that a replica's scheduler can hand out."""
         return self.memory(tp, limits).num_blocks if self.num_blocks is None else self.num_blocks
 
-    @property
-    def full_request_blocks(self) -> int:
-        """KV blocks that one request of ``max_model_len`` takes."""
-        return -(-self.max_model_len // self.memory_rules.block_tokens)
+    def full_request_blocks(self, tp: int) -> int:
+        """KV pages that one request of ``max_model_len`` takes."""
+        return self.layout(tp).pages(self.max_model_len)
+
+    def layout(self, tp: int) -> KvLayout:
+        """How a replica's KV cache is cut into pages."""
+        rules = self.memory_rules
+        return kv_layout(self.model, tp, rules.block_tokens, rules.state_dtype)
+
+    def tokens_held(self, tp: int, pages: int) -> int:
+        """Tokens that ``pages`` hold: full blocks, or full requests where layers differ in kind.
+
+        vLLM counts the same way (v1/core/kv_cache_utils.py, from 0.21: concurrency at
+        ``max_model_len`` times that length).
+        """
+        layout = self.layout(tp)
+        if layout.windowed == layout.fixed == 0:
+            return pages // layout.growing * layout.block_tokens
+        return pages * self.max_model_len // layout.pages(self.max_model_len)
 
     def needed_bytes(self, tp: int, limits: BatchingLimits) -> int:
         """Bytes per rank of weights, activations, overhead and the KV of one full request."""
         budget = self.memory(tp, limits)
-        return budget.fixed_bytes + (self.full_request_blocks + NULL_BLOCKS) * budget.block_bytes
+        pages = self.full_request_blocks(tp) + NULL_BLOCKS
+        return budget.fixed_bytes + pages * budget.block_bytes
 
     def replica_limits(self, plan: Plan) -> Limits:
         """Limits of one replica of ``plan`` as the simulator takes them."""
+        layout = self.layout(plan.tp)
         return Limits(
             max_num_seqs=plan.limits.max_num_seqs,
             max_num_batched_tokens=plan.limits.max_num_batched_tokens,
             num_blocks=self.blocks(plan.tp, plan.limits),
-            block_tokens=self.memory_rules.block_tokens,
+            block_tokens=layout.block_tokens,
             reserve_full_prompt=self.engine.reserve_full_prompt,
             ingress_s=self.ingress_s,
+            growing=layout.growing,
+            windowed=layout.windowed,
+            window_blocks=layout.window_blocks,
+            fixed=layout.fixed,
         )
 
     def start(self, plan: Plan, *, record_gaps: bool = False) -> Run:

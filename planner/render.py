@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import TextIO
 
     from rich.console import RenderableType
@@ -41,6 +41,7 @@ def render_solve(report: PlanReport, to: Console) -> None:
     else:
         to.print(_plan(report.plan))
         to.print(_behaviour(report.metrics))
+        to.print(_kernel_times(report.provenance))
         to.print(_alternatives(report))
         to.print(_search(report))
         to.print(_launch(report.plan))
@@ -52,9 +53,24 @@ def render_simulation(report: SimulationReport, to: Console) -> None:
     to.print(Text.assemble("simulated ", (report.plan.id, "bold cyan")))
     to.print(_plan(report.plan))
     to.print(_behaviour(report.metrics))
+    to.print(_kernel_times(report.provenance))
     if report.breaks:
         to.print(Text(f"breaks {', '.join(report.breaks)}", style="red"))
     _warnings(report.warnings, to)
+
+
+def render_list(rows: Sequence[Mapping[str, object]], to: Console) -> None:
+    """Draw a catalogue: one row an entry; lists are for programs and stay in the JSON."""
+    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for name in columns:
+        numeric = isinstance(rows[0][name], (int, float))
+        table.add_column(
+            name.replace("_", " "), justify="right" if numeric else "left", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*("" if row[name] is None else f"{row[name]}" for name in columns))
+    to.print(table)
 
 
 def _headline(report: PlanReport) -> RenderableType:
@@ -126,6 +142,13 @@ def _behaviour(metrics: Mapping[str, float]) -> RenderableType:
             Text("overloaded: the backlog grows, so these figures are no capacity", style="red")
         )
     return Group(*lines)
+
+
+def _kernel_times(provenance: Mapping[str, Any]) -> RenderableType:
+    """How much of the kernel time rests on what."""
+    shares = provenance["kernel_time_share"].items()
+    text = ", ".join(f"{100 * share:.0f} % {label}" for label, share in shares if share > 0)
+    return Text(f"kernel time: {text}")
 
 
 def _alternatives(report: PlanReport) -> RenderableType:

@@ -60,7 +60,7 @@ class PlanSummary:
                 "activations_gib": budget.activation_bytes / GIB,
                 "overhead_gib": (budget.overhead_bytes + budget.graph_bytes) / GIB,
                 "kv_cache_gib": blocks * budget.block_bytes / GIB,
-                "kv_cache_tokens": blocks * problem.memory_rules.block_tokens,
+                "kv_cache_tokens": problem.tokens_held(plan.tp, blocks),
             },
             launch=launch_commands(problem, plan),
         )

@@ -11,22 +11,34 @@ import numpy as np
 
 from planner import __version__
 from planner.errors import InputError
+from planner.io.devices import (
+    DEVICES_FILE,
+    device_warnings,
+    kernel_table_for,
+    load_device,
+    measured_device,
+)
 from planner.io.engines import load_engine
 from planner.io.hf_config import read_model
-from planner.io.profiles import kernel_table_digest, load_device, load_kernel_table
+from planner.io.profiles import kernel_table_digest
 from planner.io.traces import read_trace, rescale
 from planner.objective import Constraint, Objective
 from planner.problem import Problem, SearchLimits, SearchSpace
-from simulator.cost import CostCompiler, HostConstants
+from planner.topology import pool_fabric
+from simulator.cost import CostCompiler
+from simulator.engine_rules import HostConstants
 from simulator.memory import MemoryRules
 from simulator.plan import BatchingLimits
+from simulator.precision import PRECISIONS
 from simulator.units import MS_PER_S
+from simulator.weights import layer_weights
 from simulator.workload import Workload, poisson_arrivals_s, uniform_lengths
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from planner.scenario import Scenario
+    from planner.scenario_sections import PoolSpec
     from simulator.device import Device
     from simulator.model import ModelShape
 
@@ -52,23 +64,30 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         When a name is unknown, a file is bad, or two parts contradict each other.
     """
     spec, pool, source = scenario.engine, scenario.cluster.pools[0], scenario.source
-    model = read_model(
-        scenario.model.config,
-        base_dir=scenario.base_dir,
-        weight_dtype=scenario.model.weight_dtype,
-        kv_cache_dtype=scenario.model.kv_cache_dtype,
-        max_model_len=scenario.model.max_model_len,
-        source=source,
-    )
+    model = _read_model(scenario, weight_dtype=scenario.model.weight_dtype)
     max_model_len = _max_model_len(scenario, model)
     device = _device(scenario)
-    _check_weight_dtype(scenario, model, device)
-    engine = load_engine(spec.name, spec.version, device=device.name, source=source)
-    table = load_kernel_table(device.name, engine.name, engine.kernel_table_version)
+    _check_weight_dtypes(scenario, model, device)
+    measured = measured_device(device.name)
+    engine = load_engine(spec.name, spec.version, device=measured, source=source)
+    table = kernel_table_for(device.name, engine.name, engine.kernel_table_version)
+    fabric = pool_fabric(
+        device,
+        pool.nodes,
+        pool.devices_per_node,
+        pool.interconnect,
+        nodes_per_rack=pool.nodes_per_rack,
+        oversubscription=pool.oversubscription,
+        source=source,
+        field="cluster.pools.0",
+    )
     defaults = engine.default_limits(device)
     space = _space(scenario)
     workload, digest, warnings = _workload(scenario, max_model_len)
+    warnings.extend(device_warnings(device.name))
     warnings.extend(engine.warnings)
+    notes = engine.precision_notes
+    warnings.extend(notes[dtype] for dtype in sorted(_precisions(model) & notes.keys()))
     price = device.price_per_hour if pool.price_per_hour is None else pool.price_per_hour
     if host is not None:
         warnings.append("host constants are the caller's, not the engine version's")
@@ -84,6 +103,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         table,
         host,
         engine.graphs,
+        fabric=fabric,
         nccl_all_reduce_from_bytes=engine.nccl_all_reduce_from_bytes,
         max_tokens=max(*space.max_num_batched_tokens, defaults.max_num_batched_tokens),
         max_seqs=max(*space.max_num_seqs, defaults.max_num_seqs),
@@ -96,12 +116,16 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         engine=engine,
         num_devices=pool.num_devices,
         devices_per_node=pool.devices_per_node,
+        fabric=fabric,
+        quantized_at_load=_is_quantized_at_load(scenario, model),
         price_per_hour=price,
         memory_rules=MemoryRules(
             memory_fraction=spec.gpu_memory_utilization or engine.memory_fraction,
             overhead_bytes=engine.overhead_bytes,
             graph_bytes=engine.graph_bytes,
             block_tokens=spec.block_size or engine.block_tokens,
+            logit_bytes=engine.logit_bytes,
+            state_dtype=engine.state_dtype,
         ),
         num_blocks=spec.num_gpu_blocks,
         max_model_len=max_model_len,
@@ -123,10 +147,11 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
             "scenario": _digest(scenario.model_dump(mode="json")),
             "workload": digest,
             "kernel_table": {
-                "device": table.device,
+                "device": measured,
+                "scaled_to": device.name if table.estimated_from else None,
                 "engine": table.engine,
                 "version": table.engine_version,
-                "sha256": kernel_table_digest(table.device, table.engine, table.engine_version),
+                "sha256": kernel_table_digest(measured, table.engine, table.engine_version),
             },
             "engine": {
                 "name": engine.name,
@@ -144,24 +169,33 @@ def _device(scenario: Scenario) -> Device:
     try:
         return load_device(name)
     except InputError as error:
+        if (error.source, error.field) != (DEVICES_FILE, "device"):
+            raise  # the catalogue itself is broken
         raise InputError(
             source=scenario.source, field="cluster.pools.0.device", value=name, rule=error.rule
         ) from None
 
 
-def _check_weight_dtype(scenario: Scenario, model: ModelShape, device: Device) -> None:
-    """Refuse fp8 weights where no tensor core multiplies them: nothing there was measured."""
-    if device.flops(model.weight_dtype) > 0:
-        return
-    raise InputError(
-        source=scenario.source,
-        field="model.weight_dtype",
-        value=model.weight_dtype,
-        rule=(
-            f"needs fp8 tensor cores, which {device.name} lacks; the engine would unpack the "
-            "weights to bf16, which is not measured: use bf16 or another device"
-        ),
-    )
+def _precisions(model: ModelShape) -> set[str]:
+    """Precisions that some product of the model runs in."""
+    used = {w.dtype for layer in model.layer_counts for w in layer_weights(model, layer)}
+    return used & PRECISIONS.keys()
+
+
+def _check_weight_dtypes(scenario: Scenario, model: ModelShape, device: Device) -> None:
+    """Refuse weights that no tensor core of the device multiplies: nothing there was measured."""
+    for dtype in sorted(_precisions(model)):
+        if device.flops(dtype) == 0:
+            arithmetic = PRECISIONS[dtype].arithmetic
+            raise InputError(
+                source=scenario.source,
+                field="model.weight_dtype",
+                value=dtype,
+                rule=(
+                    f"needs {arithmetic} tensor cores, which {device.name} lacks; the engine would "
+                    "unpack the weights to bf16, which is not measured: use bf16 or another device"
+                ),
+            )
 
 
 def _max_model_len(scenario: Scenario, model: ModelShape) -> int:
@@ -179,12 +213,38 @@ def _max_model_len(scenario: Scenario, model: ModelShape) -> int:
 def _space(scenario: Scenario) -> SearchSpace:
     pool, spec, engine = scenario.cluster.pools[0], scenario.search.space, scenario.engine
     return SearchSpace(
-        tp=spec.tp or tuple(range(1, pool.devices_per_node + 1)),
+        tp=spec.tp or _widths(pool),
         replicas=spec.replicas or tuple(range(1, pool.num_devices + 1)),
         max_num_seqs=(engine.max_num_seqs,) if engine.max_num_seqs else spec.max_num_seqs,
         max_num_batched_tokens=(engine.max_num_batched_tokens,)
         if engine.max_num_batched_tokens
         else spec.max_num_batched_tokens,
+    )
+
+
+def _widths(pool: PoolSpec) -> tuple[int, ...]:
+    """Every part of a node, and every number of whole nodes."""
+    whole = (nodes * pool.devices_per_node for nodes in range(2, pool.nodes + 1))
+    return (*range(1, pool.devices_per_node + 1), *whole)
+
+
+def _is_quantized_at_load(scenario: Scenario, model: ModelShape) -> bool:
+    """Whether the engine is to quantise weights that the checkpoint stores otherwise."""
+    if scenario.model.weight_dtype in (None, "bf16"):
+        return False
+    stored = _read_model(scenario, weight_dtype=None)
+    return stored.weight_dtype != model.weight_dtype
+
+
+def _read_model(scenario: Scenario, *, weight_dtype: str | None) -> ModelShape:
+    spec = scenario.model
+    return read_model(
+        spec.config,
+        base_dir=scenario.base_dir,
+        weight_dtype=weight_dtype,
+        kv_cache_dtype=spec.kv_cache_dtype,
+        max_model_len=spec.max_model_len,
+        source=scenario.source,
     )
 
 

@@ -75,7 +75,11 @@ class PoolSpec(Section):
     devices_per_node: Count
     """Devices in each machine."""
     interconnect: Annotated[str, Field(min_length=1)] | None = None
-    """Network between the machines."""
+    """Network between the machines, by its name in ``profiles/hardware/interconnects.json``."""
+    nodes_per_rack: Count | None = None
+    """Machines below one leaf switch; ``None``: all of them."""
+    oversubscription: Annotated[float, Field(strict=True, ge=1, le=1e3, allow_inf_nan=False)] = 1.0
+    """Bandwidth of a leaf switch's machines over that of its links to the spine."""
     price_per_hour: (
         Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)] | None
     ) = None

@@ -366,7 +366,7 @@ def _master_classes(problem: Problem) -> list[ReplicaClass]:
                 budget = problem.memory(tp, limits)
                 need = problem.needed_bytes(tp, limits)
                 if problem.num_blocks is not None:  # measured: the memory model does not judge
-                    held = problem.num_blocks >= problem.full_request_blocks
+                    held = problem.num_blocks >= problem.full_request_blocks(tp)
                     need = 0 if held and budget.num_blocks > 0 else budget.usable_bytes + 1
                 most = problem.replicas_that_fit(tp)
                 classes.append(

@@ -5,28 +5,51 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from simulator.model import Attention, Experts, GatedDeltaNet, LatentAttention, Mamba2
 from simulator.plan import BatchingLimits, Plan
 from simulator.units import GIB
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from planner.problem import Problem
+    from simulator.model import Layer, ModelShape
 
 HEADS = "attention heads do not divide by tp"
-FFN = "MLP width does not divide by tp"
+FFN = "MLP or expert width does not divide by tp"
 KV_HEADS = "KV heads neither divide by tp nor are divided by it"
+RECURRENT = "linear-attention or state-space heads do not divide by tp"
+QUANT_BLOCKS = "MLP or expert width per rank is no multiple of the weights' quantisation block"
 NODE = "tp is wider than a node"
-COLLECTIVES = "no measured all-reduce at this tp"
+COLLECTIVES = "no all-reduce times at this tp"
 BUDGET = "max_num_batched_tokens is below max_num_seqs"
 DEVICES = "more devices than the pool has"
 PACKING = "more replicas than fit into whole nodes"
 WEIGHTS = "weights, activations and overhead exceed device memory"
 KV_CACHE = "KV cache cannot hold one request of max_model_len"
 
-RULES = (HEADS, FFN, KV_HEADS, NODE, COLLECTIVES, BUDGET, DEVICES, PACKING, WEIGHTS, KV_CACHE)
+RULES = (
+    HEADS,
+    FFN,
+    KV_HEADS,
+    RECURRENT,
+    QUANT_BLOCKS,
+    NODE,
+    COLLECTIVES,
+    BUDGET,
+    DEVICES,
+    PACKING,
+    WEIGHTS,
+    KV_CACHE,
+)
 """Rules in the order in which they are tried; a plan counts under the first that excludes it.
 
 Sources: vLLM model_executor/models/llama.py (heads, KV heads), model_executor/layers/linear.py
-(widths), config/scheduler.py (token budget), v1/core/kv_cache_utils.py (one full request)."""
+(widths), layers/mamba/mamba_mixer2.py (state-space heads and groups), layers/quantization/fp8.py
+(blocks), config/scheduler.py (token budget), v1/core/kv_cache_utils.py (one full request)."""
+
+_FP8_BLOCK = 128
+"""Rows and columns of weights under one scale (DeepSeek-V3, arXiv 2412.19437, 3.3.2)."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +75,68 @@ def _launch_rule(
     problem: Problem, tp: int, limits: BatchingLimits, *, on_any_node: bool = False
 ) -> str | None:
     """The first rule of the engine that such a replica breaks whatever the memory."""
-    model = problem.model
+    for rule in (HEADS, FFN, KV_HEADS, RECURRENT, QUANT_BLOCKS):
+        if _offender(problem.model, tp, rule) is not None:
+            return rule
     for rule, broken in (
-        (HEADS, model.num_heads % tp != 0),
-        (FFN, model.intermediate_size % tp != 0),
-        (KV_HEADS, model.num_kv_heads % tp != 0 and tp % model.num_kv_heads != 0),
-        (NODE, tp > problem.devices_per_node and not on_any_node),
+        (NODE, not on_any_node and not _nodes_join(problem, tp)),
         (COLLECTIVES, tp not in problem.compiler.widths),
         (BUDGET, limits.max_num_batched_tokens < limits.max_num_seqs),
     ):
         if broken:
             return rule
     return None
+
+
+def _offender(model: ModelShape, tp: int, rule: str) -> int | None:
+    """The first size in the model that breaks ``rule`` at width ``tp``, or ``None``."""
+    for layer in model.layer_counts:
+        sizes = (
+            _ffn_sizes(layer, tp, rule)
+            if rule in (FFN, QUANT_BLOCKS)
+            else _mixer_sizes(layer, tp, rule)
+        )
+        for size, broken in sizes:
+            if broken:
+                return size
+    return None
+
+
+def _mixer_sizes(layer: Layer, tp: int, rule: str) -> Iterator[tuple[int, bool]]:
+    """Head counts that ``rule`` looks at, and whether each breaks it."""
+    mixer = layer.mixer
+    if isinstance(mixer, (Attention, LatentAttention)) and rule == HEADS:
+        yield mixer.num_heads, mixer.num_heads % tp != 0
+    if isinstance(mixer, Attention) and rule == KV_HEADS:
+        kv_heads = mixer.num_kv_heads
+        yield kv_heads, kv_heads % tp != 0 and tp % kv_heads != 0
+    if isinstance(mixer, GatedDeltaNet) and rule == RECURRENT:
+        yield mixer.num_key_heads, mixer.num_key_heads % tp != 0
+        yield mixer.num_value_heads, mixer.num_value_heads % tp != 0
+    if isinstance(mixer, Mamba2) and rule == RECURRENT:
+        yield mixer.num_heads, mixer.num_heads % tp != 0
+        yield mixer.num_groups, mixer.num_groups % tp != 0 and mixer.num_groups != 1
+
+
+def _ffn_sizes(layer: Layer, tp: int, rule: str) -> Iterator[tuple[int, bool]]:
+    """Widths of the layer's dense networks and experts, and whether each breaks ``rule``."""
+    ffn = layer.ffn
+    if ffn is None:
+        return
+    widths = [(ffn.intermediate_size, ffn.dtype)]
+    if isinstance(ffn, Experts) and ffn.shared_intermediate_size:
+        widths.append((ffn.shared_intermediate_size, ffn.shared_dtype))
+    for width, dtype in widths:
+        if rule == FFN:
+            yield width, width % tp != 0
+        else:
+            yield width, dtype == "fp8_block" and width // tp % _FP8_BLOCK != 0
+
+
+def _nodes_join(problem: Problem, tp: int) -> bool:
+    """Whether a replica fits into a node, or fills several that a network or NVLink joins."""
+    per_node = problem.devices_per_node
+    return tp <= per_node or (tp % per_node == 0 and tp <= problem.fabric.devices)
 
 
 def can_launch(
@@ -87,8 +160,8 @@ def broken_rule(problem: Problem, plan: Plan) -> str | None:
         return PACKING
     if problem.memory(plan.tp, plan.limits).num_blocks <= 0:
         return WEIGHTS
-    held_tokens = problem.blocks(plan.tp, plan.limits) * problem.memory_rules.block_tokens
-    return KV_CACHE if held_tokens < problem.max_model_len else None
+    pages = problem.blocks(plan.tp, plan.limits)
+    return KV_CACHE if pages < problem.full_request_blocks(plan.tp) else None
 
 
 def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
@@ -103,24 +176,31 @@ def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
             f"{budget.usable_bytes / GIB:.1f} GiB are usable"
         )
     if rule == KV_CACHE:
-        held = problem.blocks(plan.tp, plan.limits) * problem.memory_rules.block_tokens
+        held = problem.layout(plan.tp).longest(problem.blocks(plan.tp, plan.limits))
         return f"KV cache holds {held} tokens; max_model_len is {problem.max_model_len}"
     if rule == DEVICES:
         return f"needs {plan.devices} devices; the pool has {problem.num_devices}"
     if rule == PACKING:
-        return (
-            f"a node of {problem.devices_per_node} devices holds "
-            f"{problem.devices_per_node // plan.tp} of them; the pool holds "
-            f"{problem.replicas_that_fit(plan.tp)}"
+        per_node = problem.devices_per_node
+        room = (
+            f"a node of {per_node} devices holds {per_node // plan.tp} of them"
+            if plan.tp <= per_node
+            else f"each fills {plan.tp // per_node} nodes"
         )
+        return f"{room}; the pool holds {problem.replicas_that_fit(plan.tp)}"
     if rule == NODE:
-        return f"tp is {plan.tp}; a node has {problem.devices_per_node} devices"
+        joined = problem.fabric.devices
+        wider = (
+            ""
+            if joined <= problem.devices_per_node
+            else (f", and a wider replica fills whole nodes, up to {joined} devices")
+        )
+        return f"tp is {plan.tp}; a node has {problem.devices_per_node} devices{wider}"
     if rule == BUDGET:
         limits = plan.limits
         return f"{limits.max_num_batched_tokens} tokens are below {limits.max_num_seqs} sequences"
-    model = problem.model
-    facts = {HEADS: model.num_heads, FFN: model.intermediate_size, KV_HEADS: model.num_kv_heads}
-    return f"tp is {plan.tp}" + (f"; the model has {facts[rule]}" if rule in facts else "")
+    offender = _offender(problem.model, plan.tp, rule)
+    return f"tp is {plan.tp}" + (f"; the model has {offender}" if offender else "")
 
 
 def enumerate_space(problem: Problem) -> Space:

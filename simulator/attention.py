@@ -1,40 +1,35 @@
-"""Time of attention kernels: decode over a KV cache, and prefill."""
+"""Time of softmax attention: decode over a KV cache, and prefill.
+
+Both phases read one fitted surface over batch and length per measured head layout
+(`simulator/attention_surface.py`). Head layouts, widths, KV dtypes and windows that were not
+measured are read from one that was, at as many sequences as make the same work
+(`simulator/attention_series.py`).
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simulator.attention_prefill import prefill_sum
 from simulator.attention_series import match
-from simulator.interpolate import (
-    Provenance,
-    bracket,
-    isotonic,
-    isotonic_grid,
-    labels,
-    point_labels,
-    positive,
-    roofline_s,
-)
-from simulator.units import DTYPE_BYTES
+from simulator.attention_surface import surface
+from simulator.attention_work import FULL_ATTENTION, AttentionShape
+from simulator.interpolate import Provenance, labels, point_labels, positive
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from collections.abc import Iterator
 
+    from numpy.typing import ArrayLike
+
+    from simulator.attention_series import Part, SeriesMix
+    from simulator.attention_surface import Surface
     from simulator.device import Device
     from simulator.interpolate import FloatArray, LabelArray
     from simulator.table import AttentionSeries, KernelTable
 
-KV_TENSORS: Final = 2
-"""A key and a value per token and KV head."""
-FLOPS_PER_SCORE: Final = 4
-"""Per query head, head width and attended token: a multiply-add for QK and one for PV."""
-CAUSAL_HALF: Final = 0.5
-"""A causal mask leaves half of the L x L scores."""
-QUADRATIC: Final = 2
-"""Exponent of long-prompt cost in length."""
+    Family = tuple[AttentionSeries, ...]
 
 
 def generation_attention_s(
@@ -46,31 +41,26 @@ def generation_attention_s(
     kv_heads: int,
     batch: ArrayLike,
     context: ArrayLike,
+    window_tokens: int = FULL_ATTENTION,
 ) -> tuple[FloatArray, LabelArray]:
     """Seconds of one layer's decode attention over every (batch, context) pair.
-
-    Time is nearly affine in KV bytes once it leaves the launch floor, so it is joined bilinearly
-    in (batch, context), after the grid is made non-decreasing along both. Leave-one-out on the
-    H100 grid (each gap doubled, so pessimistic), mean of absolute errors: linear axes and linear
-    time 6.2 % along batch and 3.0 % along context; log axes and log time 7.3 % and 3.9 %. Outside
-    the grid, and in cells too large to have been measured, time grows with KV bytes at the
-    nearest cell's bandwidth utilisation. Absent ``kv_heads`` run as more sequences of fewer
-    heads: the same KV bytes and the same blocks of work (3.7 % mean error when 4 KV heads stand
-    for 8; scaling the time gives 49 %). Leaving out one head count at width 128 costs 2.4 %, every
-    series of one KV-head count 5.3 %.
 
     Parameters
     ----------
     table, device
-        Measured kernels, and the roofline of the same device.
+        Measured kernels, and the peaks of the same device.
     kv_dtype, head_dim
-        A pair that the table lacks is pure roofline.
+        Dtype of the cache and width of a head; a pair that the table lacks is read from the
+        nearest measured one.
     heads, kv_heads
         Query and KV heads on the rank.
     batch
         Sequences, shape (B,), each at least 1.
     context
         KV tokens read per sequence, the newest included, shape (C,), each at least 1.
+    window_tokens
+        Sliding window, or 0. One that was not measured is full attention over at most that many
+        tokens.
 
     Returns
     -------
@@ -83,68 +73,47 @@ def generation_attention_s(
         If a size is below 1, or ``heads`` below ``kv_heads``.
 
     """
-    sequences, tokens = positive("batch", batch), positive("context", context)
-    mix = match(table.generation, head_dim, kv_dtype, heads, kv_heads)
-    if mix is None:
-        read_tokens = sequences[:, None] * tokens
-        time_s = _generation_roofline_s(device, kv_dtype, head_dim, heads, kv_heads, read_tokens)
-        return time_s, labels(time_s.shape, Provenance.ROOFLINE)
-    time_s = np.zeros((len(sequences), len(tokens)))
-    label = labels(time_s.shape, mix.label)
-    for series, weight in mix.parts:
-        part_s, part_label = _surface_s(series, sequences * mix.copies, tokens)
-        time_s += weight * part_s
-        label = np.maximum(label, part_label)
-    return time_s, label
+    shape = AttentionShape(
+        prefill=False,
+        head_dim=head_dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        kv_dtype=kv_dtype,
+        window_tokens=window_tokens,
+    )
+    return _batch_s(table.generation, device, shape, batch, context)
 
 
-def _generation_roofline_s(
-    device: Device, kv_dtype: str, head_dim: int, heads: int, kv_heads: int, read_tokens: FloatArray
-) -> FloatArray:
-    """KV traffic plus arithmetic: added, since a small decode kernel barely overlaps the two."""
-    kv_bytes = KV_TENSORS * read_tokens * kv_heads * head_dim * DTYPE_BYTES[kv_dtype]
-    flops = FLOPS_PER_SCORE * read_tokens * heads * head_dim
-    return kv_bytes / device.memory_bandwidth_bytes_per_s + flops / device.bf16_flops
-
-
-def _surface_s(
-    series: AttentionSeries, batch: FloatArray, context: FloatArray
+def context_attention_batch_s(
+    table: KernelTable,
+    device: Device,
+    kv_dtype: str,
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    batch: ArrayLike,
+    length: ArrayLike,
+    window_tokens: int = FULL_ATTENTION,
 ) -> tuple[FloatArray, LabelArray]:
-    """Times of one measured series at every (batch, context) pair, shapes (B, C)."""
-    grid_s, missing = _surface_fit(series)
-    batch_axis, context_axis = series.batch.astype(np.float64), series.length.astype(np.float64)
-    row, row_weight = bracket(batch_axis, batch)
-    col, col_weight = bracket(context_axis, context)
-    time_s = np.zeros((len(batch), len(context)))
-    unmeasured = np.zeros(time_s.shape, dtype=bool)
-    for step_b, weight_b in ((0, 1 - row_weight), (1, row_weight)):
-        for step_c, weight_c in ((0, 1 - col_weight), (1, col_weight)):
-            cell = np.ix_(row + step_b, col + step_c)
-            weight = np.outer(weight_b, weight_c)
-            time_s += weight * grid_s[cell]
-            unmeasured |= missing[cell] & (weight > 0)
-    time_s *= np.maximum(1.0, batch / batch_axis[-1])[:, None]
-    time_s *= np.maximum(1.0, context / context_axis[-1])
-    row_label, col_label = point_labels(batch_axis, batch), point_labels(context_axis, context)
-    place = np.maximum(row_label[:, None], col_label)
-    return time_s, np.where(unmeasured, np.int8(Provenance.EXTRAPOLATED), place)
+    """Seconds of one layer's prefill attention of whole prompts of one length.
 
+    Parameters, errors as for `generation_attention_s`; ``length`` counts prompt tokens, shape (L,).
 
-@lru_cache(maxsize=1024)
-def _surface_fit(series: AttentionSeries) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """Monotone times of one series without gaps, shape (B, L), and which cells were filled.
+    Returns
+    -------
+    time_s, label
+        Shapes (B, L); non-decreasing along both axes.
 
-    A missing cell takes the larger of its two smaller neighbours' times scaled by KV bytes, so
-    filling keeps the grid monotone.
     """
-    grid_s = np.exp(isotonic_grid(np.log(series.time_s)))
-    missing = np.isnan(grid_s)
-    batch, length = series.batch.astype(np.float64), series.length.astype(np.float64)
-    for i, j in np.argwhere(missing):
-        from_batch = grid_s[i - 1, j] * batch[i] / batch[i - 1] if i else 0.0
-        from_length = grid_s[i, j - 1] * length[j] / length[j - 1] if j else 0.0
-        grid_s[i, j] = max(from_batch, from_length)
-    return grid_s, missing
+    shape = AttentionShape(
+        prefill=True,
+        head_dim=head_dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        kv_dtype=kv_dtype,
+        window_tokens=window_tokens,
+    )
+    return _batch_s(table.context, device, shape, batch, length)
 
 
 def context_attention_s(
@@ -155,28 +124,20 @@ def context_attention_s(
     heads: int,
     kv_heads: int,
     length: ArrayLike,
+    window_tokens: int = FULL_ATTENTION,
 ) -> tuple[FloatArray, float, LabelArray]:
-    """Seconds of one layer's prefill attention, as a launch and a cost per sequence.
+    """Seconds of one layer's prefill attention of mixed prompts, as a launch and a part for each.
 
-    A batch of whole prompts costs ``launch_s + sum of F(length)``, where F is the marginal cost
-    of a sequence in the largest measured batch of its length, the launch (time of one sequence of
-    one token) taken off: mixed batches fill the device, so that cost adds up. A chunk of c tokens
-    after p cached ones costs ``F(p + c) - F(p)``. F is made non-decreasing and joined as a power
-    law between lengths, since it runs smoothly from linear to quadratic (leaving out one length:
-    6.0 % mean, 2.9 % median error; straight lines 8.2 % and 7.0 %); beyond the table it grows
-    quadratically (arithmetic at the last utilisation). On the H100 table the model is 4.2 % off in
-    the mean over batches slower than 50 us; a single sequence, which cannot fill the device, reads
-    9.7 % low. Leaving out one head count at width 128 costs 5.6 %, one KV-head count 8.1 %.
+    A batch of whole prompts costs ``launch_s + sum of F(length)`` plus the underfill of their
+    tokens in all (`context_underfill_s`). A chunk of c tokens after p cached ones costs
+    ``F(p + c) - F(p)``. The three are fitted to the surface that `context_attention_batch_s`
+    reads; on H100 (vLLM 0.24) their sum meets the measured batches to 2.6 % in the median, 1.6 %
+    where they take more than 50 us; a fit without the underfill to 3.6 and 2.4 %.
 
     Parameters
     ----------
-    table, device
-        Measured kernels, and the roofline of the same device.
-    kv_dtype, head_dim
-        A pair that the table lacks is pure roofline, with no launch.
-    heads, kv_heads
-        Query and KV heads on the rank; absent ones scale from the nearest measured layout,
-        arithmetic being proportional to heads.
+    table, device, kv_dtype, head_dim, heads, kv_heads, window_tokens
+        As for `generation_attention_s`.
     length
         Prompt lengths, tokens, shape (T,), each 0 or more.
 
@@ -191,56 +152,121 @@ def context_attention_s(
         If a length is negative, or ``heads`` below ``kv_heads``.
 
     """
-    tokens = np.atleast_1d(np.asarray(length, dtype=np.float64))
-    if tokens.size and not bool((tokens >= 0).all()):
-        raise ValueError(f"length must be at least 0, got {tokens.min()}")
-    mix = match(table.context, head_dim, kv_dtype, heads, kv_heads)
+    tokens = _not_negative("length", length)
+    shape = AttentionShape(
+        prefill=True,
+        head_dim=head_dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        kv_dtype=kv_dtype,
+        window_tokens=window_tokens,
+    )
+    mix = match(table.context, shape)
     if mix is None:
-        time_s = _context_roofline_s(device, kv_dtype, head_dim, heads, kv_heads, tokens)
+        time_s = shape.work_s(device, np.ones_like(tokens), tokens)
         return time_s, 0.0, labels(tokens.shape, Provenance.ROOFLINE)
     time_s, launch_s = np.zeros(tokens.shape), 0.0
     label = labels(tokens.shape, mix.label)
-    for series, weight in mix.parts:
-        axis, log_f, part_launch_s = _marginal_fit(series)
-        time_s += weight * _power_law(axis, log_f, tokens)
-        launch_s += weight * part_launch_s
-        label = np.maximum(label, point_labels(axis, tokens))
-    return time_s * mix.copies * mix.head_ratio, launch_s, label
+    for part, fitted in _fitted(table.context, device, shape, mix):
+        fit = prefill_sum(fitted)
+        part_s = fit.per_sequence_s(fitted, tokens, _longest(shape, fitted))
+        time_s += part.weight * part.sequences * part_s
+        launch_s += part.weight * fit.launch_s
+        label = np.maximum(label, point_labels(fitted.measured_length, tokens))
+    return time_s, launch_s, label
 
 
-def _context_roofline_s(
-    device: Device, kv_dtype: str, head_dim: int, heads: int, kv_heads: int, tokens: FloatArray
-) -> FloatArray:
-    query_and_output = KV_TENSORS * heads * DTYPE_BYTES["bf16"]
-    per_token_bytes = head_dim * (query_and_output + KV_TENSORS * kv_heads * DTYPE_BYTES[kv_dtype])
-    return roofline_s(
-        FLOPS_PER_SCORE * CAUSAL_HALF * heads * head_dim * tokens**QUADRATIC,
-        per_token_bytes * tokens,
-        device.bf16_flops,
-        device.memory_bandwidth_bytes_per_s,
-    )
+def context_underfill_s(
+    table: KernelTable,
+    device: Device,
+    kv_dtype: str,
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    tokens: ArrayLike,
+    window_tokens: int = FULL_ATTENTION,
+) -> tuple[FloatArray, LabelArray]:
+    """Seconds that one layer's prefill attention takes beyond `context_attention_s`.
 
+    Few prompt tokens leave a part of the device idle, so that their kernel takes longer than its
+    share of a full one.
 
-def _power_law(axis: FloatArray, log_f: FloatArray, tokens: FloatArray) -> FloatArray:
-    """F at each length: straight to the origin below the axis, quadratic beyond it."""
-    low, weight = bracket(np.log(axis), np.log(np.maximum(tokens, axis[0])))
-    inside = np.exp(log_f[low] * (1 - weight) + log_f[low + 1] * weight)
-    below = np.minimum(1.0, tokens / axis[0])
-    beyond = np.maximum(1.0, tokens / axis[-1]) ** QUADRATIC
-    time_s: FloatArray = inside * below * beyond
-    return time_s
+    Parameters
+    ----------
+    table, device, kv_dtype, head_dim, heads, kv_heads, window_tokens
+        As for `generation_attention_s`.
+    tokens
+        New prompt tokens of an iteration in all, shape (T,), each 0 or more.
 
+    Returns
+    -------
+    time_s, label
+        Shapes (T,); non-decreasing, 0 where there are no tokens.
 
-@lru_cache(maxsize=1024)
-def _marginal_fit(series: AttentionSeries) -> tuple[FloatArray, FloatArray, float]:
-    """Lengths with a usable marginal cost, its monotone log there, and the launch in seconds.
+    Raises
+    ------
+    ValueError
+        If a count is negative, or ``heads`` below ``kv_heads``.
 
-    A length whose full batch is no slower than the launch (noise) is left to its neighbours.
     """
-    launch_s = float(series.time_s[0, 0])
-    known = ~np.isnan(series.time_s)
-    largest = len(series.batch) - 1 - np.argmax(known[::-1], axis=0)
-    full_s = series.time_s[largest, np.arange(len(series.length))]
-    marginal_s = (full_s - launch_s) / series.batch[largest]
-    usable = marginal_s > 0  # False for a length never measured, where it is NaN
-    return series.length[usable].astype(np.float64), isotonic(np.log(marginal_s[usable])), launch_s
+    counts = _not_negative("tokens", tokens)
+    shape = AttentionShape(
+        prefill=True,
+        head_dim=head_dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        kv_dtype=kv_dtype,
+        window_tokens=window_tokens,
+    )
+    mix = match(table.context, shape)
+    time_s = np.zeros(counts.shape)
+    if mix is None:
+        return time_s, labels(counts.shape, Provenance.ROOFLINE)
+    for part, fitted in _fitted(table.context, device, shape, mix):
+        time_s += part.weight * prefill_sum(fitted).underfill_of_s(counts * part.sequences)
+    place = max(mix.label, Provenance.INTERPOLATED)
+    return np.where(counts > 0, time_s, 0.0), labels(counts.shape, place)
+
+
+def _batch_s(
+    family: Family, device: Device, shape: AttentionShape, batch: ArrayLike, length: ArrayLike
+) -> tuple[FloatArray, LabelArray]:
+    """Times at every (batch, length) pair, shapes (B, L)."""
+    sequences, tokens = positive("batch", batch)[:, None], positive("length", length)[None, :]
+    mix = match(family, shape)
+    if mix is None:
+        time_s = shape.work_s(device, sequences, tokens)
+        return time_s, labels(time_s.shape, Provenance.ROOFLINE)
+    time_s = np.zeros((sequences.size, tokens.size))
+    label = labels(time_s.shape, mix.label)
+    for part, fitted in _fitted(family, device, shape, mix):
+        longest = _longest(shape, fitted)
+        kept, count = np.minimum(tokens, longest), sequences * part.sequences
+        if shape.prefill and longest < np.inf:
+            # Prompts longer than the window count as more sequences as long as the window.
+            count = count * fitted.growth(kept, tokens, longest)
+        part_s, part_label = fitted.at(count, kept)
+        time_s += part.weight * part_s
+        label = np.maximum(label, part_label)
+    return time_s, label
+
+
+def _fitted(
+    family: Family, device: Device, shape: AttentionShape, mix: SeriesMix
+) -> Iterator[tuple[Part, Surface]]:
+    for part in mix.parts:
+        yield part, surface(family, part.index, device, shape.prefill)
+
+
+def _longest(shape: AttentionShape, fitted: Surface) -> float:
+    """Window that a series must be cut to because it was measured without it, or infinity."""
+    if fitted.shape.window_tokens == shape.window_tokens:
+        return np.inf
+    return shape.window_tokens
+
+
+def _not_negative(name: str, values: ArrayLike) -> FloatArray:
+    array = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    if array.size and not bool((array >= 0).all()):
+        raise ValueError(f"{name} must be at least 0, got {array.min()}")
+    return array

@@ -3,125 +3,63 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simulator.attention import context_attention_s, generation_attention_s
 from simulator.collectives import all_reduce_s, nccl_s
 from simulator.gemm import gemm_s
 from simulator.interpolate import Provenance
-from simulator.ops import (
-    ALL_REDUCES_PER_LAYER,
-    elementwise_bytes_per_token,
-    elementwise_kernels_per_layer,
-    head_gemm,
-    layer_gemms,
-    sampler_bytes_per_sequence,
-)
+from simulator.ops import all_reduces, head_gemm, sampler_bytes_per_sequence
+from simulator.parts import Axis, Part, Sizes, layer_parts
 from simulator.plan import BatchingLimits
 from simulator.timing import IterationCost
 from simulator.units import DTYPE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import numpy.typing as npt
 
     from simulator.device import Device
+    from simulator.engine_rules import GraphRules, HostConstants
+    from simulator.fabric import Fabric
+    from simulator.interpolate import FloatArray
     from simulator.model import ModelShape
     from simulator.table import KernelTable
 
-    Floats = npt.NDArray[np.float64]
-
 _KNOTS_PER_OCTAVE = 2
 """Knots of mean context per factor of two. The tables have one; the extra knot keeps the
-piecewise-linear form within 1 % of the interpolated tables (tests/unit/test_timing.py)."""
+piecewise-linear form within 2 % of the interpolated tables (tests/unit/test_timing.py)."""
 
 
-@dataclass(frozen=True)
-class HostConstants:
-    """What no kernel table sees: host time and scheduling effects of one engine version.
-
-    Parameters
-    ----------
-    iteration_s
-        Host time that each iteration adds.
-    sequence_s
-        Host time that each sampled sequence adds to its iteration.
-    ingress_s
-        From the client's send to the scheduler's queue: HTTP, tokenising, hand-over.
-    eager_layer_s
-        Least time of a layer in an iteration that runs outside a full CUDA graph.
-    prefill_multiplier
-        Factor on the device time of an iteration that computes prompt tokens.
-
-    """
-
-    iteration_s: float = 0.0
-    sequence_s: float = 0.0
-    ingress_s: float = 0.0
-    eager_layer_s: float = 0.0
-    prefill_multiplier: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse constants that would make prompt tokens cheaper than decode tokens."""
-        if self.prefill_multiplier < 1.0:
-            raise ValueError(f"prefill_multiplier is {self.prefill_multiplier}; it must be >= 1")
-
-
-@dataclass(frozen=True)
-class GraphRules:
-    """Which batches an engine version replays from a CUDA graph.
+@dataclass(frozen=True, eq=False)
+class Load:
+    """What a run asked of the kernels, in means; for saying where its time comes from.
 
     Parameters
     ----------
-    sizes
-        Capture sizes, ascending, tokens.
-    full_decode
-        Whether a pure decode batch replays as one graph; otherwise only the pieces between
-        attention calls do.
-    captures_budget
-        Whether the token budget itself is captured too where it is in the captured range.
+    iterations
+        Iterations of all replicas.
+    tokens, prompt_tokens
+        Mean tokens of an iteration, and prompt tokens among them.
+    decodes, context
+        Mean decoding sequences of an iteration, and their mean context, tokens.
+    sampled
+        Mean sequences that emit a token in an iteration.
+    prompts
+        Prompt length of every request, shape (N,), tokens.
 
     """
 
-    sizes: tuple[int, ...]
-    full_decode: bool
-    captures_budget: bool = False
-
-    def captured(self, limits: BatchingLimits) -> tuple[int, ...]:
-        """Sizes captured under ``limits``: up to twice the sequences and the token budget.
-
-        vLLM config/vllm.py, ``_set_cudagraph_sizes``.
-        """
-        budget = limits.max_num_batched_tokens
-        range_end = min(2 * limits.max_num_seqs, self.sizes[-1]) if self.sizes else 0
-        captured = {size for size in self.sizes if size <= min(range_end, budget)}
-        if self.captures_budget and budget <= range_end:
-            captured.add(budget)
-        return tuple(sorted(captured))
-
-
-class _Axis(Enum):
-    """What an operator's labels are indexed by."""
-
-    TOKENS = "tokens"
-    SEQUENCES = "sequences"
-    BATCH_AND_CONTEXT = "batch and context"
-    CONTEXT = "context"
-
-
-@dataclass(frozen=True)
-class _Layers:
-    """Time of all layers on one rank without attention, by tokens, part by part."""
-
-    gemm_s: Floats
-    elementwise_s: Floats
-    graph_reduce_s: Floats
-    eager_reduce_s: Floats
+    iterations: int
+    tokens: float
+    prompt_tokens: float
+    decodes: float
+    context: float
+    sampled: float
+    prompts: npt.NDArray[np.int64]
 
 
 class CostCompiler:
@@ -133,6 +71,8 @@ class CostCompiler:
         What runs, on what, and the measured times.
     host, graphs
         Constants and CUDA-graph rules of the engine version.
+    fabric
+        Links between devices; ``None`` where no replica leaves the measured widths.
     nccl_all_reduce_from_bytes
         By ``tp``, the message size from which NCCL reduces instead of the engine's own kernel.
     max_tokens, max_seqs, max_context
@@ -148,6 +88,7 @@ class CostCompiler:
         host: HostConstants,
         graphs: GraphRules,
         *,
+        fabric: Fabric | None = None,
         nccl_all_reduce_from_bytes: Mapping[int, int] = MappingProxyType({}),
         max_tokens: int,
         max_seqs: int,
@@ -158,27 +99,40 @@ class CostCompiler:
         self._table = table
         self._host = host
         self._graphs = graphs
+        self._fabric = fabric
         self._nccl_from_bytes = nccl_all_reduce_from_bytes
-        self._tokens = np.arange(max_tokens + 1)
-        self._max_seqs = max_seqs
-        self._max_context = max_context
+        self._sizes = Sizes(
+            tokens=np.arange(max_tokens + 1),
+            sequences=np.arange(1, max_seqs + 1),
+            contexts=_context_knots(max_context),
+            lengths=np.arange(max_context + 1),
+        )
         self._costs: dict[tuple[int, BatchingLimits], IterationCost] = {}
-        self._linear: dict[tuple[int, tuple[int, ...]], tuple[Floats, Floats]] = {}
-        self._layers: dict[int, _Layers] = {}
-        self._attention: dict[int, tuple[Floats, Floats, Floats]] = {}
-        self._sampled: dict[int, Floats] = {}
-        self._labels: dict[tuple[int, str], tuple[_Axis, npt.NDArray[np.int8]]] = {}
+        self._linear: dict[tuple[int, tuple[int, ...]], tuple[FloatArray, FloatArray]] = {}
+        self._parts: dict[int, tuple[Part, ...]] = {}
+        self._sums: dict[tuple[int, Axis], FloatArray] = {}
 
     @property
     def max_limits(self) -> BatchingLimits:
         """Largest limits that :meth:`compile` takes."""
-        return BatchingLimits(self._max_seqs, len(self._tokens) - 1)
+        return BatchingLimits(len(self._sizes.sequences), len(self._sizes.tokens) - 1)
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether the kernel times are scaled from another device's."""
+        return bool(self._table.estimated_from)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Tensor-parallel widths whose all-reduce is measured, ascending; 1 needs none."""
-        measured = {gpus for _, gpus in self._table.all_reduce}
-        return (1, *sorted(g for g in measured if g <= self._device.scaleup_domain))
+        """Tensor-parallel widths whose all-reduce has a time, ascending; 1 needs none.
+
+        Those measured, and where the devices are joined the powers of two beyond them.
+        """
+        domain = self._device.scaleup_domain
+        measured = {gpus for _, gpus in self._table.all_reduce if gpus <= domain}
+        reach = self._fabric.devices if self._fabric else 1
+        beyond = {2**i for i in range(reach.bit_length()) if max(measured, default=1) < 2**i}
+        return tuple(sorted({1, *measured, *(width for width in beyond if width <= reach)}))
 
     def compile(self, tp: int, limits: BatchingLimits) -> IterationCost:
         """Cost of a ``tp``-wide replica under ``limits``; its arrays are views of shared ones."""
@@ -189,16 +143,15 @@ class CostCompiler:
     def _compile(self, tp: int, limits: BatchingLimits) -> IterationCost:
         tokens = limits.max_num_batched_tokens
         decode, mixed = self._linear_s(tp, self._graphs.captured(limits))
-        knots, attention, prefill = self._attention_of(tp)
         floor = self._host.eager_layer_s * self._model.num_layers
-        seqs = min(limits.max_num_seqs, self._max_seqs)
+        seqs = min(limits.max_num_seqs, len(self._sizes.sequences))
         return IterationCost(
             decode_s=decode[: tokens + 1],
             mixed_s=mixed[: tokens + 1],
-            sampled_s=self._sampled_of(tp)[: seqs + 1],
-            attention_s=attention[: seqs + 1],
-            context_knots=knots,
-            prefill_s=prefill,
+            sampled_s=self._sum(tp, Axis.SAMPLED)[: seqs + 1],
+            attention_s=self._sum(tp, Axis.DECODES)[: seqs + 1],
+            context_knots=self._sizes.contexts.astype(np.float64),
+            prefill_s=self._sum(tp, Axis.PROMPT),
             decode_floor_s=0.0 if self._graphs.full_decode else floor,
             mixed_floor_s=floor,
             iteration_host_s=self._host.iteration_s,
@@ -220,38 +173,87 @@ class CostCompiler:
         longest
             Longest prompt, tokens.
         """
-        self._layers_of(tp)
-        knots = self._attention_of(tp)[0]
-        self._sampled_of(tp)
-        row = min(sequences, self._max_seqs) - 1
+        at = self._index(tokens, sequences, context, longest)
+        parts = sorted(self._parts_of(tp), key=lambda part: part.name)
+        return {part.name: Provenance(int(part.label[at[part.axis]])) for part in parts}
+
+    def time_by_label(self, tp: int, load: Load) -> dict[Provenance, float]:
+        """Seconds of kernel time that each label holds over a run, at its mean iteration.
+
+        Prompts count one by one; everything else is taken at the means of ``load``.
+        """
+        at = self._index(round(load.tokens), round(load.decodes), round(load.context), longest=0)
+        at[Axis.PROMPT_TOKENS] = min(round(load.prompt_tokens), len(self._sizes.tokens) - 1)
+        at[Axis.SAMPLED] = min(round(load.sampled), len(self._sizes.sequences))
+        prompts = np.minimum(load.prompts, self._sizes.lengths[-1])
+        out = dict.fromkeys(Provenance, 0.0)
+        for part in self._parts_of(tp):
+            if part.axis is Axis.PROMPT:
+                for label in Provenance:
+                    own = prompts[part.label[prompts] == label]
+                    out[label] += float(part.time_s[own].sum())
+            else:
+                where = at[part.axis]
+                out[Provenance(int(part.label[where]))] += load.iterations * float(
+                    part.time_s[where]
+                )
+        return out
+
+    def _index(
+        self, tokens: int, sequences: int, context: int, longest: int
+    ) -> dict[Axis, int | tuple[int, int]]:
+        """Where each axis' arrays are read for one point of operation, clamped to their sizes."""
+        knots = self._sizes.contexts
+        row = min(sequences, len(self._sizes.sequences))
         column = min(int(np.searchsorted(knots, context)), len(knots) - 1)
-        at: dict[_Axis, Any] = {
-            _Axis.TOKENS: min(tokens, len(self._tokens) - 1),
-            _Axis.SEQUENCES: row,
-            _Axis.BATCH_AND_CONTEXT: (row, column),
-            _Axis.CONTEXT: min(longest, self._max_context),
-        }
+        tokens = min(tokens, len(self._sizes.tokens) - 1)
         return {
-            name: Provenance(int(labels[at[axis]]))
-            for (width, name), (axis, labels) in sorted(self._labels.items())
-            if width == tp
+            Axis.TOKENS: tokens,
+            Axis.PROMPT_TOKENS: tokens,
+            Axis.SAMPLED: row,
+            Axis.DECODES: (row, column),
+            Axis.PROMPT: min(longest, int(self._sizes.lengths[-1])),
         }
 
-    def _note(self, tp: int, name: str, axis: _Axis, labels: npt.NDArray[np.int8]) -> None:
-        self._labels[tp, name] = (axis, labels)
+    def _sum(self, tp: int, axis: Axis) -> FloatArray:
+        """Time of every part over one axis but `Axis.TOKENS`, made to never fall, seconds."""
+        if (tp, axis) not in self._sums:
+            parts = [part.time_s for part in self._parts_of(tp) if part.axis is axis]
+            total = np.sum(parts, axis=0) if parts else np.zeros(self._shape(axis))
+            if axis is Axis.SAMPLED:
+                total = total + self._host.sequence_s * np.arange(len(total))
+                total[0] = 0.0
+            if axis in (Axis.PROMPT, Axis.PROMPT_TOKENS):
+                total = total * self._host.prefill_multiplier
+            for along in range(total.ndim):
+                total = np.maximum.accumulate(total, axis=along)
+            self._sums[tp, axis] = total
+        return self._sums[tp, axis]
 
-    def _linear_s(self, tp: int, captured: tuple[int, ...]) -> tuple[Floats, Floats]:
-        """Device time without attention of decode and mixed iterations, by tokens.
+    def _shape(self, axis: Axis) -> tuple[int, ...]:
+        """Shape of a part's arrays."""
+        sizes = self._sizes
+        return {
+            Axis.TOKENS: (len(sizes.tokens),),
+            Axis.PROMPT_TOKENS: (len(sizes.tokens),),
+            Axis.DECODES: (len(sizes.sequences) + 1, len(sizes.contexts)),
+            Axis.PROMPT: (len(sizes.lengths),),
+            Axis.SAMPLED: (len(sizes.sequences) + 1,),
+        }[axis]
+
+    def _linear_s(self, tp: int, captured: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
+        """Device time by tokens of decode and of mixed iterations.
 
         ``captured`` are the CUDA-graph sizes; plans that capture the same share the arrays.
         """
         if (tp, captured) in self._linear:
             return self._linear[tp, captured]
-        layers = self._layers_of(tp)
+        linear = np.sum(
+            [part.time_s for part in self._parts_of(tp) if part.axis is Axis.TOKENS], axis=0
+        )
         largest = captured[-1] if captured else 0
-        in_graph = self._tokens <= largest
-        reduce_s = np.where(in_graph, layers.graph_reduce_s, layers.eager_reduce_s)
-        linear = layers.gemm_s + layers.elementwise_s + reduce_s
+        if tp > 1:
+            linear[largest + 1 :] += self._eager_copy_s(tp)[largest + 1 :]
         if captured:
             # A batch inside the captured range is padded up to the next captured size.
             sizes = np.array(captured)
@@ -260,101 +262,87 @@ class CostCompiler:
         linear[0] = 0.0
         # Interpolated parts never fall by themselves; the step from graph to eager might.
         linear = np.maximum.accumulate(linear)
-        self._linear[tp, captured] = linear, linear * self._host.prefill_multiplier
+        mixed = linear * self._host.prefill_multiplier + self._sum(tp, Axis.PROMPT_TOKENS)
+        self._linear[tp, captured] = linear, mixed
         return self._linear[tp, captured]
 
-    def _layers_of(self, tp: int) -> _Layers:
-        if tp not in self._layers:
-            self._layers[tp] = self._compile_layers(tp)
-        return self._layers[tp]
+    def _parts_of(self, tp: int) -> tuple[Part, ...]:
+        """Every operator of the model at width ``tp``, layers added up."""
+        if tp not in self._parts:
+            found: dict[tuple[str, Axis], Part] = {}
+            for part in self._all_parts(tp):
+                key = (part.name, part.axis)
+                found[key] = found[key] + part if key in found else part
+            self._parts[tp] = tuple(self._honest(part) for part in found.values())
+        return self._parts[tp]
 
-    def _compile_layers(self, tp: int) -> _Layers:
-        model, device, table, tokens = self._model, self._device, self._table, self._tokens
-        rows = np.maximum(tokens, 1)
-        gemm = np.zeros(len(tokens))
-        for op in layer_gemms(model, tp):
-            time_s, labels = gemm_s(table, device, op.dtype, rows, op.n, op.k)
-            gemm += time_s
-            self._note(tp, f"gemm {op.name}", _Axis.TOKENS, labels)
-        launches_s = elementwise_kernels_per_layer(model) * device.elementwise_launch_s
-        traffic = elementwise_bytes_per_token(model, tp) * tokens
-        elementwise = launches_s + traffic / device.elementwise_bytes_per_s
-        reduces = ALL_REDUCES_PER_LAYER * model.num_layers
-        # Launch and bandwidth are measured, on a kernel of the same kind.
-        self._note(tp, "elementwise", _Axis.TOKENS, np.full(len(tokens), Provenance.INTERPOLATED))
-        return _Layers(
-            gemm_s=model.num_layers * gemm,
-            elementwise_s=model.num_layers * elementwise,
-            graph_reduce_s=reduces * self._all_reduce_s(tp, in_graph=True),
-            eager_reduce_s=reduces * self._all_reduce_s(tp, in_graph=False),
-        )
+    def _honest(self, part: Part) -> Part:
+        """The part, with nothing of a scaled table labelled as measured."""
+        if not self._table.estimated_from:
+            return part
+        label = np.maximum(part.label, np.int8(Provenance.EXTRAPOLATED))
+        return Part(part.name, part.axis, part.time_s, label)
 
-    def _all_reduce_s(self, tp: int, in_graph: bool) -> Floats:
-        """Time of one all-reduce of the hidden states, by tokens, (T + 1,).
+    def _all_parts(self, tp: int) -> list[Part]:
+        model = self._model
+        parts = [
+            part.times(count)
+            for layer, count in model.layer_counts.items()
+            for part in layer_parts(model, self._device, self._table, layer, tp, self._sizes)
+        ]
+        parts.extend(self._sampled_parts(tp))
+        if tp > 1:
+            parts.append(self._all_reduce(tp).times(self._reduces))
+        return parts
 
-        Outside a CUDA graph the engine first copies the message into a registered buffer
+    @property
+    def _reduces(self) -> int:
+        """All-reduces of one iteration."""
+        counts = self._model.layer_counts
+        return sum(all_reduces(layer) * count for layer, count in counts.items())
+
+    def _all_reduce(self, tp: int) -> Part:
+        """One all-reduce of the hidden states inside a CUDA graph, by tokens."""
+        elements = np.maximum(self._sizes.tokens, 1) * self._model.hidden_size
+        time_s, label = all_reduce_s(self._table, self._device, "graph", tp, elements, self._fabric)
+        if tp in self._nccl_from_bytes:
+            by_nccl = elements * DTYPE_BYTES["bf16"] >= self._nccl_from_bytes[tp]
+            nccl, nccl_label = nccl_s(
+                self._table, self._device, "all_reduce", tp, elements, self._fabric
+            )
+            time_s = np.where(by_nccl, nccl, time_s)
+            label = np.where(by_nccl, nccl_label, label)
+        return Part("all-reduce", Axis.TOKENS, time_s, label)
+
+    def _eager_copy_s(self, tp: int) -> FloatArray:
+        """What all-reduces cost more outside a CUDA graph, by tokens, seconds.
+
+        There the engine first copies the message into a registered buffer
         (vllm/distributed/device_communicators/custom_all_reduce.py). The measured eager times say
         so where the device sets the pace: graph time plus copy is within 5 % of them from 8
         million elements on (tests/unit/test_timing.py). Below that they show the host's launches,
         which overlap the device's work in a whole iteration and are ``eager_layer_s``'s subject.
         """
-        elements = np.maximum(self._tokens, 1) * self._model.hidden_size
-        message_bytes = elements * DTYPE_BYTES["bf16"]
-        time_s, labels = all_reduce_s(self._table, self._device, "graph", tp, elements)
-        if tp == 1:
-            return time_s
-        if not in_graph:
-            time_s = time_s + 2 * message_bytes / self._device.elementwise_bytes_per_s
-        if tp in self._nccl_from_bytes:
-            by_nccl = message_bytes >= self._nccl_from_bytes[tp]
-            nccl, nccl_labels = nccl_s(self._table, self._device, "all_reduce", tp, elements)
-            time_s = np.where(by_nccl, nccl, time_s)
-            labels = np.where(by_nccl, nccl_labels, labels)
-        self._note(tp, "all-reduce", _Axis.TOKENS, labels)
-        return time_s
+        message_bytes = self._sizes.tokens * self._model.hidden_size * DTYPE_BYTES["bf16"]
+        copy_s = 2 * message_bytes / self._device.elementwise_bytes_per_s
+        own = message_bytes < self._nccl_from_bytes.get(tp, np.inf)
+        return np.where(own, self._reduces * copy_s, 0.0)
 
-    def _attention_of(self, tp: int) -> tuple[Floats, Floats, Floats]:
-        """Knots, decode attention (S + 1, K) and cumulative prompt attention (L + 1,)."""
-        if tp not in self._attention:
-            self._attention[tp] = self._compile_attention(tp)
-        return self._attention[tp]
-
-    def _compile_attention(self, tp: int) -> tuple[Floats, Floats, Floats]:
-        model = self._model
-        heads, kv_heads = model.heads_per_rank(tp), model.kv_heads_per_rank(tp)
-        shape = (self._table, self._device, model.kv_dtype, model.head_dim, heads, kv_heads)
-        knots = _context_knots(self._max_context)
-        generation, labels = generation_attention_s(*shape, np.arange(1, self._max_seqs + 1), knots)
-        self._note(tp, "decode attention", _Axis.BATCH_AND_CONTEXT, labels)
-        prompt, launch_s, prompt_labels = context_attention_s(
-            *shape, np.arange(self._max_context + 1)
-        )
-        self._note(tp, "prefill attention", _Axis.CONTEXT, prompt_labels)
-        attention = np.vstack([np.full(len(knots), launch_s), generation])
-        attention = np.maximum.accumulate(attention, axis=0)
-        attention = np.maximum.accumulate(attention, axis=1)
-        layers = model.num_layers
-        prompt = layers * self._host.prefill_multiplier * np.maximum.accumulate(prompt)
-        return knots.astype(np.float64), layers * attention, prompt
-
-    def _sampled_of(self, tp: int) -> Floats:
-        """Head, sampler and host time by sampled sequences, (S + 1,) seconds."""
-        if tp in self._sampled:
-            return self._sampled[tp]
+    def _sampled_parts(self, tp: int) -> list[Part]:
+        """Head, gathering of logits over ranks and sampler, by sampled sequences."""
         model, device, table = self._model, self._device, self._table
-        sequences = np.arange(1, self._max_seqs + 1)
+        sequences = np.maximum(np.arange(len(self._sizes.sequences) + 1), 1)
         op = head_gemm(model, tp)
-        head, labels = gemm_s(table, device, op.dtype, sequences, op.n, op.k)
-        self._note(tp, "gemm head", _Axis.SEQUENCES, labels)
+        head_s, head_label = gemm_s(table, device, op.dtype, sequences, op.n, op.k)
+        parts = [Part("gemm head", Axis.SAMPLED, head_s, head_label)]
         if tp > 1:
-            gather, labels = nccl_s(table, device, "all_gather", tp, sequences * model.vocab_size)
-            self._note(tp, "all-gather logits", _Axis.SEQUENCES, labels)
-            head = head + gather
-        traffic = sampler_bytes_per_sequence(model) * sequences
-        sampled = head + traffic / device.elementwise_bytes_per_s
-        sampled += self._host.sequence_s * sequences
-        self._sampled[tp] = np.maximum.accumulate(np.concatenate([[0.0], sampled]))
-        return self._sampled[tp]
+            elements = sequences * model.vocab_size
+            gather_s, label = nccl_s(table, device, "all_gather", tp, elements, self._fabric)
+            parts.append(Part("all-gather logits", Axis.SAMPLED, gather_s, label))
+        sampler_s = sampler_bytes_per_sequence(model) * sequences / device.elementwise_bytes_per_s
+        label = np.full(len(sequences), Provenance.INTERPOLATED, dtype=np.int8)
+        parts.append(Part("sampler", Axis.SAMPLED, sampler_s, label))
+        return parts
 
 
 def _context_knots(max_context: int) -> npt.NDArray[np.int64]:
@@ -362,11 +350,3 @@ def _context_knots(max_context: int) -> npt.NDArray[np.int64]:
     octaves = int(np.ceil(np.log2(max(2, max_context))))
     knots = np.round(2.0 ** (np.arange(octaves * _KNOTS_PER_OCTAVE + 1) / _KNOTS_PER_OCTAVE))
     return np.unique(knots.astype(np.int64))
-
-
-def graph_sizes(singles: Sequence[int], ranges: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Capture sizes from single sizes and (first, last, step) ranges, ascending, tokens."""
-    sizes = set(singles)
-    for first, last, step in ranges:
-        sizes.update(range(first, last + 1, step))
-    return tuple(sorted(sizes))

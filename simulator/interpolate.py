@@ -1,4 +1,8 @@
-"""What every kernel family's interpolation shares: labels, monotone fits, brackets, roofline."""
+"""What every kernel family's interpolation shares: labels, monotone fits, gaps, brackets, roofline.
+
+Families interpolate the log of measured over reference time, the reference being a launch plus the
+work at the device's peaks: it carries the size, and what remains is smooth.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import ArrayLike, NDArray
 
     FloatArray = NDArray[np.float64]
     IndexArray = NDArray[np.intp]
     LabelArray = NDArray[np.int8]
+
+
+_LEAST_SQUARE = 1e-4
+"""Floor of an estimate's mean squared log error: 1 %, about a measurement's repeatability.
+Estimates that do better than that nearby did so by chance."""
+_STEPS_AROUND = 2
+"""Reach of the mean that judges an estimate, in cells. One step costs 0.05 points of median."""
 
 
 class Provenance(IntEnum):
@@ -91,6 +104,138 @@ def isotonic_grid(values: FloatArray) -> FloatArray:
     return np.where(np.isnan(values), np.nan, (above + below) / 2)
 
 
+def known_part(
+    axes: Sequence[NDArray[np.int32]], values: FloatArray
+) -> tuple[tuple[FloatArray, ...], FloatArray]:
+    """A grid without the axis values that were never measured, every axis at least two long.
+
+    An axis of one value gets a second one, twice as large, with the same values: what is held
+    beyond a grid is held there too.
+
+    Parameters
+    ----------
+    axes
+        Ascending axes of the grid.
+    values
+        Shape given by the axes; NaN where not measured, at least one cell known.
+
+    """
+    known = ~np.isnan(values)
+    kept_axes = []
+    for dim, axis in enumerate(axes):
+        others = tuple(d for d in range(values.ndim) if d != dim)
+        kept = np.flatnonzero(known.any(axis=others))
+        values = values.take(kept, axis=dim)
+        kept_axis = axis[kept].astype(np.float64)
+        if len(kept) == 1:
+            kept_axis = np.array([kept_axis[0], 2 * kept_axis[0]])
+            values = np.repeat(values, 2, axis=dim)
+        kept_axes.append(kept_axis)
+    return tuple(kept_axes), values
+
+
+def between_neighbours(values: FloatArray, axis: int, coordinate: FloatArray) -> FloatArray:
+    """Every cell as the nearest known cells on both its sides along one axis would have it.
+
+    Linear in ``coordinate``. A known cell's own value plays no part in its estimate, so the
+    difference says how good such estimates are; NaN where one side has nothing known.
+
+    Parameters
+    ----------
+    values
+        A grid with NaN where unknown.
+    axis
+        Which axis to look along.
+    coordinate
+        Ascending, one value per cell of that axis.
+
+    """
+    lines = np.moveaxis(values, axis, 0)
+    size = len(lines)
+    rank = np.arange(size).reshape(-1, *(1,) * (lines.ndim - 1))
+    known = ~np.isnan(lines)
+    edge = np.full((1, *lines.shape[1:]), -1)
+    below = np.maximum.accumulate(np.where(known, rank, -1), axis=0)
+    below = np.concatenate([edge, below[:-1]])
+    above = np.minimum.accumulate(np.where(known, rank, size)[::-1], axis=0)[::-1]
+    above = np.concatenate([above[1:], edge + 1 + size])
+    both = (below >= 0) & (above < size)
+    low, high = np.maximum(below, 0), np.minimum(above, size - 1)
+    gap = np.where(both, coordinate[high] - coordinate[low], 1.0)
+    weight = (coordinate[rank] - coordinate[low]) / gap
+    from_low = np.take_along_axis(lines, low, axis=0) * (1 - weight)
+    between = from_low + np.take_along_axis(lines, high, axis=0) * weight
+    return np.moveaxis(np.where(both, between, np.nan), 0, axis)
+
+
+def fill_gaps(values: FloatArray, estimates: Sequence[FloatArray]) -> FloatArray:
+    """Unknown cells as the mean of several estimates, those that do well nearby counting more.
+
+    Weights are inverse squares of each estimate's mean squared error over the known cells around.
+    On the H100 tables of vLLM 0.24 with 20 % of the interior cells left out this beats the
+    estimates' median: 1.8 against 2.0 % for matrix products, 1.1 against 1.4 % for decode and 1.5
+    against 2.3 % for prefill attention; powers of 1.5 and 3 are within 0.1 points.
+
+    Parameters
+    ----------
+    values
+        A grid of logs, NaN where unknown.
+    estimates
+        Grids of the same shape, NaN where an estimate has nothing to say. Known cells need
+        estimates too, made without their own value (`between_neighbours`).
+
+    Returns
+    -------
+    FloatArray
+        ``values`` where known; NaN is left where there is no estimate, or no known cell around to
+        judge one by.
+
+    """
+    stacked = np.stack(estimates)
+    square = _mean_around((stacked - values) ** 2)
+    usable = ~np.isnan(stacked) & ~np.isnan(square)
+    weight = np.where(usable, np.maximum(square, _LEAST_SQUARE), np.inf) ** -2.0
+    total, weights = (weight * np.where(usable, stacked, 0.0)).sum(axis=0), weight.sum(axis=0)
+    mean = np.divide(total, weights, out=np.full(values.shape, np.nan), where=weights > 0)
+    filled: FloatArray = np.where(np.isnan(values), mean, values)
+    return filled
+
+
+def _mean_around(grids: FloatArray) -> FloatArray:
+    """Mean of the known cells within two steps of each cell, the nearer counting more.
+
+    ``grids`` is a stack of grids along its first axis.
+    """
+    known = ~np.isnan(grids)
+    total, count = np.where(known, grids, 0.0), known.astype(np.float64)
+    for axis in range(1, grids.ndim):
+        for _ in range(_STEPS_AROUND):
+            total, count = _with_neighbours(total, axis), _with_neighbours(count, axis)
+    mean: FloatArray = np.divide(total, count, out=np.full(grids.shape, np.nan), where=count > 0)
+    return mean
+
+
+def _with_neighbours(values: FloatArray, axis: int) -> FloatArray:
+    """Sum of each cell and its two neighbours along one axis."""
+    total = values.copy()
+    ahead: tuple[slice, ...] = (slice(None),) * axis + (slice(1, None),)
+    behind: tuple[slice, ...] = (slice(None),) * axis + (slice(None, -1),)
+    total[ahead] += values[behind]
+    total[behind] += values[ahead]
+    return total
+
+
+def held(values: FloatArray, axis: int) -> FloatArray:
+    """Unknown cells as the nearest known cell before them along an axis, else the next one."""
+    lines = np.moveaxis(values, axis, 0)
+    rank = np.arange(len(lines)).reshape(-1, *(1,) * (lines.ndim - 1))
+    known = ~np.isnan(lines)
+    before = np.maximum.accumulate(np.where(known, rank, -1), axis=0)
+    after = np.minimum.accumulate(np.where(known, rank, len(lines))[::-1], axis=0)[::-1]
+    source = np.where(before >= 0, before, np.minimum(after, len(lines) - 1))
+    return np.moveaxis(np.take_along_axis(lines, source, axis=0), 0, axis)
+
+
 def bracket(axis: FloatArray, at: FloatArray) -> tuple[IndexArray, FloatArray]:
     """Cell of a grid axis that holds each point.
 
@@ -115,8 +260,9 @@ def bracket(axis: FloatArray, at: FloatArray) -> tuple[IndexArray, FloatArray]:
 def point_labels(axis: FloatArray, at: FloatArray) -> LabelArray:
     """Label of each point by its place on a grid axis: on a node, between nodes or outside."""
     inside = (at >= axis[0]) & (at <= axis[-1])
-    code = np.where(np.isin(at, axis), Provenance.MEASURED, Provenance.INTERPOLATED)
-    return np.where(inside, code, Provenance.EXTRAPOLATED).astype(np.int8)
+    on_node = axis[np.minimum(np.searchsorted(axis, at), len(axis) - 1)] == at
+    between = np.int8(Provenance.INTERPOLATED) - on_node.astype(np.int8)
+    return np.where(inside, between, np.int8(Provenance.EXTRAPOLATED))
 
 
 def roofline_s(

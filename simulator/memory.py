@@ -1,32 +1,42 @@
-"""Device memory as the engine counts it: weights, activations, overhead, KV blocks."""
+"""Device memory as the engine counts it: weights, activations, overhead, KV pages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from simulator.kv_layout import kv_layout
+from simulator.model import Experts, LatentAttention, Layer
+from simulator.ops import layer_gemms
 from simulator.units import DTYPE_BYTES
+from simulator.weights import weight_bytes_per_rank
 
 if TYPE_CHECKING:
     from simulator.device import Device
+    from simulator.kv_layout import KvLayout
     from simulator.model import ModelShape
     from simulator.plan import BatchingLimits
 
-NULL_BLOCKS = 1
+NULL_BLOCKS: Final = 1
 """vLLM keeps one block as the null block (v1/core/block_pool.py)."""
 
-_RESIDUAL_STREAMS = 3
+_RESIDUAL_STREAMS: Final = 3
 """Live hidden-width tensors at the MLP peak of vLLM's Llama layer (model_executor/models/llama.py):
 the residual, the normalised input and the layer's output."""
 
-_SAMPLER_COPIES = 2
-"""Float32 copies of the logits that the sampler holds at its peak (v1/sample/sampler.py): the
-cast logits and the sorted or soft-maxed copy."""
+_CONTEXT_CHUNK_TOKENS: Final = 64 * 1024
+"""Cached tokens that latent attention expands at once in a prefill; the profile run allocates
+their keys and values (vLLM 0.24.0, model_executor/layers/attention/mla_attention.py). It is less
+for contexts below 8192 tokens, and 0.10.2 leaves it out of the profile."""
+
+
+LOGIT_BYTES: Final = 10
+"""bf16 logits and two float32 copies: what the shipped overheads were fitted with."""
 
 
 @dataclass(frozen=True)
 class MemoryRules:
-    """What an engine version takes besides weights and activations.
+    """What an engine version takes besides weights and activations, and how it counts.
 
     Parameters
     ----------
@@ -37,7 +47,13 @@ class MemoryRules:
     graph_bytes
         Bytes per rank that the engine sets aside for CUDA graphs inside its share.
     block_tokens
-        Tokens of one KV block.
+        Tokens of one KV block of plain attention.
+    logit_bytes
+        Bytes per sequence and vocabulary entry at the sampler's peak. Versions that sort the
+        vocabulary (0.8 to 0.14 in public logs) hold 38: logits in bf16 and float32, sorted values
+        and indices, and the sort's own buffers (``tests/unit/test_memory_facts.py``).
+    state_dtype
+        Dtype of recurrent states, see `simulator.kv_layout.kv_layout`.
 
     """
 
@@ -45,14 +61,16 @@ class MemoryRules:
     overhead_bytes: int
     graph_bytes: int
     block_tokens: int
+    logit_bytes: int = LOGIT_BYTES
+    state_dtype: str = "fp32"
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Where one rank's memory goes, all in bytes, and the KV blocks that are left.
+    """Where one rank's memory goes, all in bytes, and the KV pages that are left.
 
-    ``num_blocks`` is what the scheduler can hand out: the null block is already taken off. It is
-    zero or negative where nothing is left.
+    ``num_blocks`` counts the pages that the scheduler can hand out: the null block is already
+    taken off. It is zero or negative where nothing is left.
     """
 
     usable_bytes: int
@@ -60,62 +78,48 @@ class MemoryBudget:
     activation_bytes: int
     overhead_bytes: int
     graph_bytes: int
-    block_bytes: int
+    layout: KvLayout
     num_blocks: int
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of one page, which a dense model's block is."""
+        return self.layout.page_bytes
+
+    @property
     def fixed_bytes(self) -> int:
-        """Bytes that must be there before the first KV block."""
+        """Bytes that must be there before the first KV page."""
         return self.weight_bytes + self.activation_bytes + self.overhead_bytes + self.graph_bytes
 
 
-def weight_bytes_per_rank(model: ModelShape, tp: int) -> int:
-    """Bytes of the weights that one of ``tp`` ranks holds.
-
-    Projections are split over ranks and stored in ``weight_dtype``; embedding and head are split
-    over the vocabulary and norms are replicated, all bf16. KV projections are replicated once
-    ``tp`` exceeds the KV heads.
-    """
-    bf16 = DTYPE_BYTES["bf16"]
-    q_width = model.heads_per_rank(tp) * model.head_dim
-    kv_width = model.kv_heads_per_rank(tp) * model.head_dim
-    ffn_width = model.intermediate_size // tp
-    projections = model.hidden_size * (2 * q_width + 2 * kv_width + 3 * ffn_width)
-    norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
-    biases = q_width + 2 * kv_width if model.qkv_bias else 0
-    layer = projections * DTYPE_BYTES[model.weight_dtype] + (norms + biases) * bf16
-    matrices = 1 if model.tie_word_embeddings else 2
-    vocabulary = matrices * -(-model.vocab_size // tp) * model.hidden_size * bf16
-    return model.num_layers * layer + vocabulary + model.hidden_size * bf16
-
-
-def activation_bytes_per_rank(model: ModelShape, tp: int, limits: BatchingLimits) -> int:
+def activation_bytes_per_rank(
+    model: ModelShape, tp: int, limits: BatchingLimits, logit_bytes: int = LOGIT_BYTES
+) -> int:
     """Peak activation bytes of the engine's profile run on one rank.
 
     The profile run (vLLM v1/worker/gpu_model_runner.py, ``profile_run``) feeds a full token
     budget through the layers and then a full set of sequences through the sampler; the two peaks
-    do not coincide, so the larger counts. Worked against public logs in
-    ``tests/unit/test_memory.py``.
+    do not coincide, so the larger counts. The layers peak in their widest part. Exact shapes are
+    read off the sources for dense networks, fused experts (Triton) and the sampler; mixers count
+    their projections and output, without what a kernel allocates inside. Worked against public
+    logs in ``tests/unit/test_memory.py`` and ``test_memory_facts.py``.
+
+    Parameters
+    ----------
+    model, tp
+        The model and its tensor-parallel width.
+    limits
+        Token budget and sequences of the profile run.
+    logit_bytes
+        See `MemoryRules`.
+
     """
-    bf16, fp32 = DTYPE_BYTES["bf16"], DTYPE_BYTES["fp32"]
-    mlp_width = 3 * (model.intermediate_size // tp)  # gate and up together, and their product
-    forward = (
-        limits.max_num_batched_tokens * bf16 * (mlp_width + _RESIDUAL_STREAMS * model.hidden_size)
-    )
-    hidden = limits.max_num_batched_tokens * bf16 * model.hidden_size
-    sampler = limits.max_num_seqs * model.vocab_size * (bf16 + _SAMPLER_COPIES * fp32) + hidden
+    bf16, tokens = DTYPE_BYTES["bf16"], limits.max_num_batched_tokens
+    hidden = tokens * bf16 * model.hidden_size
+    widest = max(_layer_peak_bytes(model, layer, tp, tokens) for layer in model.layer_counts)
+    forward = widest + _RESIDUAL_STREAMS * hidden
+    sampler = limits.max_num_seqs * model.vocab_size * logit_bytes + hidden
     return max(forward, sampler)
-
-
-def kv_bytes_per_token(model: ModelShape, tp: int) -> int:
-    """KV-cache bytes of one token on one rank: keys and values of every layer."""
-    return (
-        2
-        * model.num_layers
-        * model.kv_heads_per_rank(tp)
-        * model.head_dim
-        * DTYPE_BYTES[model.kv_dtype]
-    )
 
 
 def memory_budget(
@@ -125,12 +129,12 @@ def memory_budget(
 
     The formula is vLLM's ``determine_available_memory`` (v1/worker/gpu_worker.py): the device's
     share less weights, profile-run peak, memory outside the allocator and, from 0.20, the CUDA
-    graph estimate; the rest is cut into blocks.
+    graph estimate; the rest is cut into pages.
     """
     usable = int(device.memory_bytes * rules.memory_fraction)
     weights = weight_bytes_per_rank(model, tp)
-    activations = activation_bytes_per_rank(model, tp, limits)
-    block = rules.block_tokens * kv_bytes_per_token(model, tp)
+    activations = activation_bytes_per_rank(model, tp, limits, rules.logit_bytes)
+    layout = kv_layout(model, tp, rules.block_tokens, rules.state_dtype)
     left = usable - weights - activations - rules.overhead_bytes - rules.graph_bytes
     return MemoryBudget(
         usable_bytes=usable,
@@ -138,6 +142,41 @@ def memory_budget(
         activation_bytes=activations,
         overhead_bytes=rules.overhead_bytes,
         graph_bytes=rules.graph_bytes,
-        block_bytes=block,
-        num_blocks=left // block - NULL_BLOCKS,
+        layout=layout,
+        num_blocks=left // layout.page_bytes - NULL_BLOCKS,
     )
+
+
+def _layer_peak_bytes(model: ModelShape, layer: Layer, tp: int, tokens: int) -> int:
+    """Bytes that the wider half of ``layer`` holds at once, besides the residual streams."""
+    mixer = layer.mixer
+    mixed = tokens * _projected_elements(model, Layer(mixer, None), tp)
+    if isinstance(mixer, LatentAttention):
+        expanded = mixer.heads_per_rank(tp) * (mixer.qk_nope_head_dim + mixer.v_head_dim)
+        mixed += _CONTEXT_CHUNK_TOKENS * expanded
+    if isinstance(layer.ffn, Experts):
+        fed = tokens * _expert_elements(model, layer.ffn, tp)
+    else:
+        fed = tokens * _projected_elements(model, Layer(None, layer.ffn), tp)
+    return DTYPE_BYTES["bf16"] * max(mixed, fed)
+
+
+def _projected_elements(model: ModelShape, half: Layer, tp: int) -> int:
+    """Per token, what the projections of half a layer give and what the last of them takes."""
+    gemms = layer_gemms(model, half, tp)
+    return sum(gemm.n for gemm in gemms[:-1]) + gemms[-1].k if gemms else 0
+
+
+def _expert_elements(model: ModelShape, ffn: Experts, tp: int) -> int:
+    """Per token, the buffers of the fused experts or of the shared ones, which run before them.
+
+    The first product's output and the last one's share a buffer, the activation between them has
+    its own (layers/fused_moe/fused_moe.py, ``fused_experts_impl``). Versions up to 0.10.2 cut
+    budgets above 32,768 tokens into chunks, 0.24.0 does not; no chunks are counted here.
+    """
+    inputs = 2 if ffn.gated else 1
+    width, shared = ffn.intermediate_size // tp, ffn.shared_intermediate_size // tp
+    routed = ffn.top_k * (max(inputs * width, ffn.latent_size or model.hidden_size) + width)
+    if not shared:
+        return routed + ffn.latent_size
+    return max((inputs + 1) * shared, routed + ffn.latent_size + model.hidden_size)

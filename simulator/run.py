@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.engine import advance, empty_gaps
-from simulator.kvcache import blocks_for
+from simulator.kvcache import pages_for
 from simulator.metrics import Latencies, latencies, makespan_s
 from simulator.state import (
     ARRIVAL,
@@ -202,7 +202,7 @@ def _check(workload: Workload, limits: Limits, cost: IterationCost) -> None:
             f"max_num_seqs is {seqs}; it must be from 1 to max_num_batched_tokens ({tokens})"
         )
     longest = int((workload.prompt_tokens + workload.output_tokens).max())
-    if blocks_for(longest, limits.block_tokens) > limits.num_blocks:
+    if pages_for(limits, longest) > limits.num_blocks:
         raise ValueError(
             f"a request of {longest} tokens needs more than the {limits.num_blocks} KV blocks"
         )

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 NEVER_S = np.inf
 """Time of an event that has not been decided."""
 
-# Columns of State.request, (N, 8) int64.
-PROMPT, OUTPUT, COMPUTED, GENERATED, HELD_BLOCKS, PREEMPTIONS, REPLICA = range(7)
+# Columns of State.request, (N, 8) int64. HELD_TOKENS is what fits into the pages held.
+PROMPT, OUTPUT, COMPUTED, GENERATED, HELD_BLOCKS, HELD_TOKENS, PREEMPTIONS, REPLICA = range(8)
 _REQUEST_COLUMNS = 8  # one cache line
 
 # Columns of State.time_s, (N, 4) float64; ARRIVAL is the client's send. NEVER_S until it happens.
@@ -51,11 +51,14 @@ class Limits(NamedTuple):
     max_num_seqs, max_num_batched_tokens
         Limits of one iteration.
     num_blocks, block_tokens
-        KV blocks of the replica and the tokens of one.
+        KV pages of the replica, and the tokens that one of them holds for one group of layers.
     reserve_full_prompt
         Whether a request is admitted only if all its known tokens fit, not just its first chunk.
     ingress_s
         From arrival to the scheduler's queue.
+    growing, windowed, window_blocks, fixed
+        Groups of layers that keep every token; groups with a sliding window, and the blocks that
+        it spans at most; pages that a sequence holds whatever its length (recurrent state).
 
     """
 
@@ -65,6 +68,10 @@ class Limits(NamedTuple):
     block_tokens: int
     reserve_full_prompt: bool
     ingress_s: float
+    growing: int = 1
+    windowed: int = 0
+    window_blocks: int = 0
+    fixed: int = 0
 
 
 class State(NamedTuple):

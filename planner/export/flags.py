@@ -31,13 +31,17 @@ def launch_commands(problem: Problem, plan: Plan) -> tuple[str, ...]:
         flags.append(("--block-size", rules.block_tokens))
     if problem.num_blocks is not None:
         flags.append(("--num-gpu-blocks-override", problem.num_blocks))
-    if model.weight_dtype != "bf16":
+    if plan.tp > problem.devices_per_node:
+        flags.append(("--distributed-executor-backend", "ray"))
+    if problem.quantized_at_load:
         flags.append(("--quantization", model.weight_dtype))
     if model.kv_dtype != "bf16":
         flags.append(("--kv-cache-dtype", model.kv_dtype))
     words = ["vllm", "serve", model.name, *(str(word) for pair in flags for word in pair)]
     if plan.replicas == 1:
         return (shlex.join(words),)
+    if plan.tp > problem.devices_per_node:  # each on a Ray cluster of its own nodes
+        return (shlex.join(words),) * plan.replicas
     return tuple(
         f"CUDA_VISIBLE_DEVICES={_devices(problem, plan, replica)} "
         + shlex.join([*words, "--port", str(_FIRST_PORT + replica)])

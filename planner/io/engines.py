@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from planner.errors import InputError, PlannerError, nearest
 from planner.io.yaml_file import read_mapping
-from simulator.cost import GraphRules, HostConstants, graph_sizes
+from simulator.engine_rules import GraphRules, HostConstants, graph_sizes
 from simulator.plan import BatchingLimits
 from simulator.units import GIB, S_PER_MS
 
@@ -61,10 +61,16 @@ class _KernelTable(_Entry):
     version: str
     note: str | None = None
     devices: dict[str, _DeviceTable] = {}
+    precision_notes: dict[str, str] = {}
 
     def on(self, device: str | None) -> _KernelTable | _DeviceTable:
         """What applies to one device: its own entry, or else the general one."""
         return self.devices.get(device, self) if device else self
+
+
+class _Dtype(_Entry):
+    value: Literal["bf16", "fp32"]
+    source: str
 
 
 class _Tier(_Entry):
@@ -108,6 +114,8 @@ class _Version(_Entry):
     reserve_full_prompt: _Flag
     graphs: _Graphs
     graph_gib: _Fact
+    logit_bytes: _Fact
+    state_dtype: _Dtype
     nccl_all_reduce_from_bytes: _AllReduceRule | None = None
     overhead_gib: _Fact | _Transferred
     host: _Host | _Transferred
@@ -136,6 +144,10 @@ class EngineProfile:
         Default share of device memory.
     overhead_bytes, graph_bytes
         Bytes per rank outside the allocator, and set aside for CUDA graphs.
+    logit_bytes
+        Bytes per sequence and vocabulary entry that the sampler holds at its peak.
+    state_dtype
+        Dtype of recurrent states.
     reserve_full_prompt
         Whether admission asks room for the whole prompt.
     graphs
@@ -145,6 +157,8 @@ class EngineProfile:
         use the engine's own kernel.
     host
         Host constants.
+    precision_notes
+        What a report must say about kernel times of one precision, where the model uses it.
     warnings
         What a report must say about kernel times and constants that are not this version's own.
     host_warnings
@@ -159,10 +173,13 @@ class EngineProfile:
     memory_fraction: float
     overhead_bytes: int
     graph_bytes: int
+    logit_bytes: int
+    state_dtype: str
     reserve_full_prompt: bool
     graphs: GraphRules
     nccl_all_reduce_from_bytes: dict[int, int]
     host: HostConstants
+    precision_notes: dict[str, str]
     warnings: tuple[str, ...]
     host_warnings: tuple[str, ...]
     _tiers: tuple[_Tier, ...] = field(repr=False)
@@ -225,6 +242,8 @@ def load_engine(
         memory_fraction=entry.memory_fraction.value,
         overhead_bytes=int(overhead.value * GIB),
         graph_bytes=int(entry.graph_gib.value * GIB),
+        logit_bytes=int(entry.logit_bytes.value),
+        state_dtype=entry.state_dtype.value,
         reserve_full_prompt=entry.reserve_full_prompt.value,
         graphs=GraphRules(
             graph_sizes(entry.graphs.sizes, entry.graphs.ranges),
@@ -239,10 +258,16 @@ def load_engine(
             eager_layer_s=host.eager_layer_ms.value * S_PER_MS,
             prefill_multiplier=host.prefill_multiplier.value,
         ),
+        precision_notes=entry.kernel_table.precision_notes,
         warnings=tuple(warnings),
         host_warnings=tuple(host_warnings),
         _tiers=entry.limits.tiers,
     )
+
+
+def engine_versions() -> tuple[tuple[str, str], ...]:
+    """Every engine and version that ships."""
+    return tuple((name, version) for name in ENGINES for version in _read(name).versions)
 
 
 def _own_host(file: _EngineFile, version: str) -> _Host:

@@ -1,20 +1,21 @@
-"""Read the facts that ship in the `profiles` package: devices and kernel tables."""
+"""Read the kernel tables that ship in the `profiles` package."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import zlib
 from functools import lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
+from zipfile import BadZipFile
 
 import numpy as np
 
 from planner.errors import NO_VALUE, InputError
-from simulator.device import Device
-from simulator.table import AttentionSeries, GemmGrid, KernelTable, MessageSeries
-from simulator.units import GIB
+from planner.io.kernel_format import SCHEMA_VERSION
+from planner.io.kernel_table import build_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,47 +23,26 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from simulator.table import KernelTable
+
 PACKAGE: Final = "profiles"
-DEVICES_FILE: Final = "profiles/hardware/devices.json"
 KERNELS_FOLDER: Final = "profiles/kernels"
-GIGA: Final = 1e9
-MICRO: Final = 1e-6
-TERA: Final = 1e12
-SCHEMA_VERSION: Final = 1
-"""Format of a kernel table that this version reads."""
-
-Arrays = dict[str, "NDArray[Any]"]
-
-
-@lru_cache(maxsize=64)
-def load_device(name: str) -> Device:
-    """Facts of one catalogued device.
-
-    A device without fp8 tensor cores has an fp8 peak of 0; one without a known price has ``None``.
-
-    Raises
-    ------
-    InputError
-        If the catalogue has no such name.
-
-    """
-    text = (files(PACKAGE) / "hardware" / "devices.json").read_text(encoding="utf-8")
-    entries = {entry["name"]: entry for entry in json.loads(text)["devices"]}
-    if name not in entries:
-        raise InputError(source=DEVICES_FILE, field="device", value=name, rule=_one_of(entries))
-    fact = {key: item["value"] for key, item in entries[name].items() if key != "name"}
-    return Device(
-        name=name,
-        memory_bytes=int(fact["memory_gib"] * GIB),
-        memory_bandwidth_bytes_per_s=fact["memory_bandwidth_gb_per_s"] * GIGA,
-        bf16_flops=fact["bf16_tflops"] * TERA,
-        fp8_flops=(fact["fp8_tflops"] or 0.0) * TERA,
-        link_bytes_per_s=fact["link_gb_per_s"] * GIGA,
-        scaleup_domain=fact["scaleup_domain"],
-        elementwise_launch_s=fact["elementwise_launch_us"] * MICRO,
-        elementwise_bytes_per_s=fact["elementwise_gb_per_s"] * GIGA,
-        price_per_hour=fact["price_per_hour"],
-    )
+DIGEST_CHARS: Final = 64
+"""Length of a SHA-256 in hexadecimal."""
+UNREADABLE: Final = (
+    BadZipFile,
+    EOFError,
+    KeyError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
+"""What reading a damaged archive of arrays can raise."""
 
 
 def available_kernel_tables() -> list[tuple[str, str, str]]:
@@ -77,13 +57,13 @@ def kernel_table_digest(device: str, engine: str, version: str) -> str:
 
 @lru_cache(maxsize=16)
 def load_kernel_table(device: str, engine: str, version: str) -> KernelTable:
-    """Read one shipped kernel table, once per process.
+    """Read one shipped kernel table, once per process; nothing is read before the call.
 
     Raises
     ------
     InputError
-        If no such table ships, it has another format, or its arrays do not match the checksum
-        beside them.
+        If no such table ships, it has another format, its arrays do not match the checksum beside
+        them, or they do not describe a table.
 
     """
     known = available_kernel_tables()
@@ -96,19 +76,38 @@ def load_kernel_table(device: str, engine: str, version: str) -> KernelTable:
         known = [key for key in known if key[position] == value]
     metadata = _read_metadata(device, engine, version)
     name = f"{engine}-{version}.npz"
+    source = f"{KERNELS_FOLDER}/{device}/{name}"
     file = files(PACKAGE) / "kernels" / device / name
-    blob = file.read_bytes() if file.is_file() else b""
+    if not file.is_file():
+        raise InputError(
+            source=source, field="", value=NO_VALUE, rule="must lie beside its JSON file"
+        )
+    blob = file.read_bytes()
     digest = hashlib.sha256(blob).hexdigest()
     if digest != metadata["npz_sha256"]:
         raise InputError(
-            source=f"{KERNELS_FOLDER}/{device}/{name}",
+            source=source,
             field="sha256",
             value=digest,
             rule=f"must be {metadata['npz_sha256']}, as the JSON beside it says",
         )
-    with np.load(io.BytesIO(blob), allow_pickle=False) as stored:
-        arrays: Arrays = {key: stored[key] for key in stored.files}
-    return _table(metadata, arrays)
+    return build_table(source, device, engine, version, _read_arrays(source, blob))
+
+
+def _read_arrays(source: str, blob: bytes) -> dict[str, NDArray[Any]]:
+    """The members of an ``.npz``."""
+    try:
+        stored = np.load(io.BytesIO(blob), allow_pickle=False)
+        if isinstance(stored, np.lib.npyio.NpzFile):
+            with stored:
+                return {key: stored[key] for key in stored.files}
+    except UNREADABLE as error:
+        raise InputError(
+            source=source, field="", value=NO_VALUE, rule=f"must be an archive of arrays: {error}"
+        ) from None
+    raise InputError(
+        source=source, field="", value=NO_VALUE, rule="must be an archive of arrays, is one array"
+    )
 
 
 def _one_of(names: Iterable[str]) -> str:
@@ -131,7 +130,7 @@ def _read_metadata(device: str, engine: str, version: str) -> dict[str, Any]:
     source = f"{KERNELS_FOLDER}/{device}/{engine}-{version}.json"
     try:
         metadata = json.loads(_metadata_files()[device, engine, version].read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             source=source, field="", value=NO_VALUE, rule=f"is not JSON: {error}"
         ) from None
@@ -144,72 +143,16 @@ def _read_metadata(device: str, engine: str, version: str) -> dict[str, Any]:
         "engine_version": version,
     }
     for field, wanted in expected.items():
-        if metadata.get(field) != wanted:
-            raise InputError(
-                source=source, field=field, value=metadata.get(field), rule=f"must be {wanted!r}"
-            )
-    return metadata
-
-
-def _table(metadata: dict[str, Any], arrays: Arrays) -> KernelTable:
-    code_max = metadata["code_max"]
-    m, n, k = (_frozen(arrays[f"gemm_{axis}"]) for axis in ("m", "n", "k"))
-    return KernelTable(
-        device=metadata["device"],
-        engine=metadata["engine"],
-        engine_version=metadata["engine_version"],
-        gemm={
-            dtype: GemmGrid(m, n, k, _seconds(arrays, f"gemm_{dtype}", code_max))
-            for dtype in metadata["gemm_dtypes"]
-        },
-        context=_attention(arrays, "context", metadata["kv_dtypes"], code_max),
-        generation=_attention(arrays, "generation", metadata["kv_dtypes"], code_max),
-        all_reduce=_messages(arrays, "all_reduce", metadata["backends"], code_max),
-        nccl=_messages(arrays, "nccl", metadata["nccl_ops"], code_max),
-    )
-
-
-def _frozen(array: NDArray[Any]) -> NDArray[Any]:
-    """The array made read-only: the table is shared by everything in the process."""
-    array.setflags(write=False)
-    return array
-
-
-def _seconds(arrays: Arrays, name: str, code_max: int) -> NDArray[np.float64]:
-    """Decode one array of log-latency codes (code 0 = missing = NaN)."""
-    codes, (low, high) = arrays[f"{name}_codes"], arrays[f"{name}_log_range"]
-    time_s = np.exp(low + (codes.astype(np.float64) - 1) / (code_max - 1) * (high - low))
-    return _frozen(np.where(codes == 0, np.nan, time_s))
-
-
-def _attention(
-    arrays: Arrays, family: str, kv_dtypes: list[str], code_max: int
-) -> tuple[AttentionSeries, ...]:
-    batch, length = _frozen(arrays[f"{family}_batch"]), _frozen(arrays[f"{family}_length"])
-    times = _seconds(arrays, family, code_max)
-    keys = arrays[f"{family}_key"].tolist()
-    return tuple(
-        AttentionSeries(
-            head_dim=head_dim,
-            window_tokens=window,
-            kv_dtype=kv_dtypes[kv_code],
-            heads=heads,
-            kv_heads=kv_heads,
-            batch=batch,
-            length=length,
-            time_s=time_s,
+        value = metadata.get(field)
+        # `True == 1`, so the type counts too.
+        if type(value) is not type(wanted) or value != wanted:
+            raise InputError(source=source, field=field, value=value, rule=f"must be {wanted!r}")
+    digest = metadata.get("npz_sha256")
+    if not isinstance(digest, str) or len(digest) != DIGEST_CHARS:
+        raise InputError(
+            source=source,
+            field="npz_sha256",
+            value=digest,
+            rule=f"must be {DIGEST_CHARS} hexadecimal digits",
         )
-        for (head_dim, window, kv_code, heads, kv_heads), time_s in zip(keys, times, strict=True)
-    )
-
-
-def _messages(
-    arrays: Arrays, family: str, names: list[str], code_max: int
-) -> dict[tuple[str, int], MessageSeries]:
-    elements = _frozen(arrays[f"{family}_elements"])
-    times = _seconds(arrays, family, code_max)
-    keys = arrays[f"{family}_key"].tolist()
-    return {
-        (names[code], gpus): MessageSeries(elements, time_s)
-        for (code, gpus), time_s in zip(keys, times, strict=True)
-    }
+    return metadata

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from simulator.compiled import compiled
-from simulator.kvcache import blocks_for
+from simulator.kvcache import blocks_for, pages_for
 from simulator.state import (
     ARRIVAL,
     BOUND_BLOCKS,
@@ -21,6 +21,7 @@ from simulator.state import (
     GENERATED,
     HEAD,
     HELD_BLOCKS,
+    HELD_TOKENS,
     PEAK_BLOCKS,
     PEAK_DEMAND,
     PEAK_SEATS,
@@ -51,11 +52,21 @@ class Batch(NamedTuple):
 
 
 @compiled
+def _hold(
+    table: npt.NDArray[np.int64], limits: Limits, request: int, tokens: int, pages: int
+) -> None:
+    """Note that a request holds ``pages``, enough for ``tokens`` and the rest of their block."""
+    table[request, HELD_BLOCKS] = pages
+    table[request, HELD_TOKENS] = blocks_for(tokens, limits.block_tokens) * limits.block_tokens
+
+
+@compiled
 def _preempt_last(state: State, r: int, n: int) -> int:
     """Preempt the last of ``n`` running requests; return the blocks that it gives back."""
     victim = state.running[r, n - 1]
     freed = state.request[victim, HELD_BLOCKS]
     state.request[victim, HELD_BLOCKS] = 0
+    state.request[victim, HELD_TOKENS] = 0
     state.request[victim, COMPUTED] = 0
     state.request[victim, PREEMPTIONS] += 1
     state.preempted[r, state.replica[r, STACKED]] = victim
@@ -107,19 +118,19 @@ def _continue_running(
     while i < n:
         request = running[r, i]
         computed = table[request, COMPUTED]
-        held = table[request, HELD_BLOCKS]
         prompt = table[request, PROMPT]
         lacking = prompt + table[request, GENERATED] - computed
         new = min(lacking, budget)
-        if computed + new > held * limits.block_tokens:
-            need = blocks_for(computed + new, limits.block_tokens) - held
+        if computed + new > table[request, HELD_TOKENS]:
+            held = table[request, HELD_BLOCKS]
+            need = pages_for(limits, computed + new) - held
             while need > free and n > i:
                 free += _preempt_last(state, r, n)
                 n -= 1
             if n == i:  # the request itself was the last one left
                 break
             free -= need
-            table[request, HELD_BLOCKS] = held + need
+            _hold(table, limits, request, computed + new, held + need)
         table[request, COMPUTED] = computed + new
         scheduled[r, i] = new
         budget -= new
@@ -176,7 +187,7 @@ def schedule(
             break
         known = table[request, PROMPT] + table[request, GENERATED]
         new = min(known, budget)
-        must_fit = blocks_for(known if limits.reserve_full_prompt else new, limits.block_tokens)
+        must_fit = pages_for(limits, known if limits.reserve_full_prompt else new)
         if must_fit > free:
             replica[r, BOUND_BLOCKS] = 1
             break
@@ -185,9 +196,9 @@ def schedule(
             replica[r, STACKED] -= 1
         else:
             replica[r, HEAD] += 1
-        held = blocks_for(new, limits.block_tokens)
+        held = pages_for(limits, new)
         free -= held
-        table[request, HELD_BLOCKS] = held
+        _hold(table, limits, request, new, held)
         table[request, COMPUTED] = new
         state.running[r, n] = request
         state.scheduled[r, n] = new

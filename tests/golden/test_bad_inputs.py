@@ -65,7 +65,7 @@ SCENARIO_CASES = [
         "nodes: 1,",
         "nodes: 1, zone: b,",
         ": cluster.pools[0].zone: unknown field; known here: device, nodes, devices_per_node,"
-        " interconnect, price_per_hour",
+        " interconnect, nodes_per_rack, oversubscription, price_per_hour",
     ),
     (
         "request_rate: 4.0",

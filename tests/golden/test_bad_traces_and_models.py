@@ -9,6 +9,7 @@ import pytest
 
 from planner.errors import InputError
 from planner.io.hf_config import read_model
+from planner.io.models.families import FAMILIES
 from planner.io.traces import read_trace
 
 if TYPE_CHECKING:
@@ -62,20 +63,41 @@ CONFIG = {
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
 }
-SUPPORTED = "supported model types: llama, mistral, qwen2, qwen3"
+SUPPORTED = f"supported model types: {', '.join(FAMILIES)}"
+SIZE = "must be a whole number from 1 to 2147483647"
 
 # (fields that change in CONFIG, message after "bad.json")
 MODEL_CASES = [
-    ({"model_type": "gemma3"}, f": model_type: 'gemma3' is not supported; {SUPPORTED}"),
+    ({"model_type": "t5"}, f": model_type: 't5' is not supported; {SUPPORTED}"),
     (
-        {"model_type": "mixtral", "num_local_experts": 8},
-        f": num_local_experts: mixtures of experts are not supported yet; {SUPPORTED}",
+        {"model_type": "falcon"},
+        ": model_type: 'falcon' is not supported: attention and feed-forward network in parallel"
+        " are not modelled",
+    ),
+    (
+        {"num_local_experts": 8},
+        ": num_local_experts: 8 experts do not belong to this model type, which is dense",
+    ),
+    ({"model_type": "mixtral"}, ": num_local_experts: required field is missing"),
+    (
+        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5},
+        ": num_experts_per_tok: 5 must be at most num_local_experts (4)",
+    ),
+    ({"model_type": "llama4"}, ": text_config: required field is missing"),
+    (
+        {"model_type": "gemma3", "text_config": [3]},
+        ": text_config: [3] must be an object",
+    ),
+    (
+        {"model_type": "gemma3", "text_config": {**CONFIG, "sliding_window": 9, "head_dim": 0}},
+        f": text_config.head_dim: 0 {SIZE}",
     ),
     ({"model_type": None}, f": model_type: required field is missing; {SUPPORTED}"),
     (
         {"hidden_size": None, "vocab_size": None},
         ": required fields are missing: hidden_size, vocab_size",
     ),
+    ({"intermediate_size": None}, ": intermediate_size: required field is missing"),
     (
         {"num_key_value_heads": 7},
         ": num_attention_heads: 32 must be a multiple of num_key_value_heads (7)",
@@ -85,29 +107,50 @@ MODEL_CASES = [
         ": hidden_size: 4100 must be a multiple of num_attention_heads (32) where head_dim is not"
         " given",
     ),
-    (
-        {"num_hidden_layers": -1},
-        ": num_hidden_layers: -1 must be a whole number from 1 to 2147483647",
-    ),
-    ({"vocab_size": "32k"}, ": vocab_size: '32k' must be a whole number from 1 to 2147483647"),
+    ({"num_hidden_layers": -1}, ": num_hidden_layers: -1 must be a whole number from 1 to 10000"),
+    ({"vocab_size": "32k"}, f": vocab_size: '32k' {SIZE}"),
     ({"tie_word_embeddings": "no"}, ": tie_word_embeddings: 'no' must be true or false"),
     (
-        {"quantization_config": {"quant_method": "awq"}},
-        ": quantization_config.quant_method: 'awq' quantisation is not supported; supported: fp8",
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        ": quantization_config.quant_method: 'bitsandbytes' quantisation is not supported;"
+        " supported: fp8, fbgemm_fp8, compressed-tensors, modelopt, modelopt_fp4, mxfp4, awq, gptq",
     ),
     (
-        {"quantization_config": {"quant_method": "fp8", "ignored_layers": ["layers.0.mlp"]}},
-        ": quantization_config.ignored_layers: 'layers.0.mlp' is left unquantised; only embedding,"
-        " head and norms may be",
+        {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 64}},
+        ": quantization_config.group_size: 64 must be 32 or 128",
     ),
     (
-        {"model_type": "mistral", "sliding_window": 4096},
-        ": sliding_window: 4096 is a sliding window, which is not modelled: set"
-        " model.max_model_len to at most 4096",
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+        ": quantization_config.weight_block_size: [64, 64] must be [128, 128] or absent",
     ),
     (
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096},
-        ": use_sliding_window: sliding-window attention is not modelled",
+        {"quantization_config": {"quant_method": "fp8", "ignored_layers": ["v_proj"]}},
+        ": quantization_config.ignored_layers: stores layers.0.self_attn.q_proj in fp8 and v_proj"
+        " in bf16; precisions within one attention or feed-forward part must be equal",
+    ),
+    (
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}},
+        ": quantization_config.quant_algo: 'MIXED_PRECISION' is not supported; supported: FP8,"
+        " FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, NVFP4",
+    ),
+    (
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}},
+            }
+        },
+        ": quantization_config.config_groups.g.weights: float8 per tensor, weights only is not a"
+        " supported precision",
+    ),
+    (
+        {"model_type": "qwen2", "layer_types": ["full_attention"] * 3},
+        ": layer_types: must have 32 entries, has 3",
+    ),
+    (
+        {"layer_types": ["chunked_attention"] * 32},
+        ": layer_types: 'chunked_attention' is not supported; supported: full_attention,"
+        " sliding_attention",
     ),
 ]
 

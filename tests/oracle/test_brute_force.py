@@ -82,8 +82,9 @@ def simulate_all(problem: Problem) -> list[Simulated]:
     model, grid = problem.model, problem.space
     found = []
     for tp in grid.tp:
-        divides = model.num_heads % tp == 0 and model.intermediate_size % tp == 0
-        kv_heads = model.num_kv_heads % tp == 0 or tp % model.num_kv_heads == 0
+        (layer,) = model.layer_counts
+        divides = layer.mixer.num_heads % tp == 0 and layer.ffn.intermediate_size % tp == 0
+        kv_heads = layer.mixer.num_kv_heads % tp == 0 or tp % layer.mixer.num_kv_heads == 0
         if not (divides and kv_heads and tp in MEASURED_WIDTHS and tp <= problem.devices_per_node):
             continue
         for seqs in grid.max_num_seqs:

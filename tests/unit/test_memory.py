@@ -6,30 +6,26 @@ from dataclasses import replace
 
 import pytest
 
-from simulator.device import Device
-from simulator.memory import (
-    MemoryRules,
-    activation_bytes_per_rank,
-    kv_bytes_per_token,
-    memory_budget,
-    weight_bytes_per_rank,
-)
-from simulator.model import ModelShape
+from simulator.kv_layout import KvLayout, kv_bytes_per_token
+from simulator.memory import MemoryRules, activation_bytes_per_rank, memory_budget
+from simulator.model import Experts, Layer, ModelShape
 from simulator.plan import BatchingLimits
 from simulator.units import GIB
+from simulator.weights import weight_bytes_per_rank
+from tests.shapes import (
+    DEEPSEEK_R1,
+    LLAMA_1B,
+    LLAMA_8B,
+    LLAMA_70B,
+    QWEN2_7B,
+    QWEN2_32B,
+    QWEN3_8B,
+    dense,
+    device,
+    gpt_oss,
+)
 
 BF16 = 2
-LLAMA_8B = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, False, False, False, 131072)
-LLAMA_70B = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, False, False, False, 131072)
-LLAMA_1B = ModelShape("llama", 16, 2048, 32, 8, 64, 8192, 128256, True, False, False, 131072)
-QWEN_7B = ModelShape("qwen2", 28, 3584, 28, 4, 128, 18944, 152064, False, True, False, 32768)
-QWEN_32B = ModelShape("qwen2", 64, 5120, 40, 8, 128, 27648, 152064, False, True, False, 131072)
-QWEN3_8B = ModelShape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, False, False, True, 40960)
-
-
-def device(memory_gib: float) -> Device:
-    """A device of which only the memory matters."""
-    return Device("d", int(memory_gib * GIB), 1.0, 1.0, 1.0, 1.0, 8, 0.0, 1.0, None)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +46,7 @@ def device(memory_gib: float) -> Device:
         # 2 * 152,064 * 3584 = 1,089,994,752. Layer: 2 * 3584^2 = 25,690,112; 2 * 3584 * 512 =
         # 3,670,016; 3 * 3584 * 18,944 = 203,685,888; norms 7,168; biases 3584 + 2 * 512 = 4,608;
         # in all 233,057,792, times 28 = 6,525,618,176. Last norm 3,584.
-        (QWEN_7B, 7_615_616_512),
+        (QWEN2_7B, 7_615_616_512),
         # 2 * 151,936 * 4096 = 1,244,659,712. Layer: 33,554,432; 8,388,608; 3 * 4096 * 12,288 =
         # 150,994,944; norms 8,192 and, per head, 2 * 128; in all 192,946,432, times 36 =
         # 6,946,071,552. Last norm 4,096.
@@ -77,9 +73,8 @@ def test_kv_projections_are_replicated_beyond_the_kv_heads() -> None:
     # 676), norms 7,168, biases 3 * 128; vocabulary 2 * ceil(152,064 / 28 = 5430.9) * 3584.
     layer = 4 * 3584 * 128 + 3 * 3584 * 676 + 7168 + 384
     expected = 28 * layer + 2 * 5431 * 3584 + 3584
-    assert weight_bytes_per_rank(QWEN_7B, 28) == BF16 * expected
-    assert QWEN_7B.kv_heads_per_rank(28) == 1
-    assert kv_bytes_per_token(QWEN_7B, 28) == kv_bytes_per_token(QWEN_7B, 4)
+    assert weight_bytes_per_rank(QWEN2_7B, 28) == BF16 * expected
+    assert kv_bytes_per_token(QWEN2_7B, 28) == kv_bytes_per_token(QWEN2_7B, 4)
 
 
 def test_fp8_halves_the_projections_and_nothing_else() -> None:
@@ -87,7 +82,8 @@ def test_fp8_halves_the_projections_and_nothing_else() -> None:
     # Projections of Llama-3.1-8B: 32 * (33,554,432 + 8,388,608 + 176,160,768) = 6,979,321,856.
     saved = 6_979_321_856
     bf16 = weight_bytes_per_rank(LLAMA_8B, 1)
-    assert weight_bytes_per_rank(replace(LLAMA_8B, weight_dtype="fp8"), 1) == bf16 - saved
+    fp8 = dense(32, 4096, 32, 8, 128, 14336, 128256, dtype="fp8")
+    assert weight_bytes_per_rank(fp8, 1) == bf16 - saved
 
 
 @pytest.mark.parametrize(("tp", "expected"), [(1, 327_680), (2, 163_840), (8, 40_960)])
@@ -108,6 +104,48 @@ def test_activations_peak_in_the_mlp_or_in_the_sampler() -> None:
     assert activation_bytes_per_rank(LLAMA_8B, 1, BatchingLimits(1024, 2048)) == 1_330_118_656
 
 
+def test_the_sampler_peak_follows_the_bytes_per_logit() -> None:
+    """Versions that sort the vocabulary hold more per logit."""
+    # 1024 sequences * 128,256 * 38 + 8192 tokens * 2 * 4096.
+    expected = 4_990_697_472 + 67_108_864
+    assert activation_bytes_per_rank(LLAMA_8B, 1, BatchingLimits(1024, 8192), 38) == expected
+
+
+def test_activations_of_fused_experts() -> None:
+    """gpt-oss-20b at 8192 tokens and few sequences, on one rank and on two."""
+    model = gpt_oss(24, 32)
+    # 4 experts a token, each 2 * 2880 in (more than the hidden 2880) and 2880 after the
+    # activation: 34,560; residual streams 3 * 2880 = 8640; * 8192 * 2 bytes.
+    assert activation_bytes_per_rank(model, 1, BatchingLimits(8, 8192)) == 707_788_800
+    # On two ranks the first product is as wide as the last one: 4 * (2880 + 1440) = 17,280.
+    assert activation_bytes_per_rank(model, 2, BatchingLimits(8, 8192)) == 424_673_280
+
+
+def test_activations_of_shared_and_latent_experts() -> None:
+    """Shared experts count where they are wider; their output stays while the others run."""
+    limits = BatchingLimits(1, 1024)
+
+    def peak(experts: Experts) -> int:
+        model = ModelShape("m", (Layer(None, experts),), 100, 10, True, 1024)
+        return activation_bytes_per_rank(model, 1, limits)
+
+    # Per token, besides 3 * 100 residual: 2 * (max(2 * 40, 100) + 40) = 280, shared output 100.
+    assert peak(Experts(8, 2, 40, shared_intermediate_size=40)) == 1024 * 2 * (300 + 380)
+    # Shared 3 * 400 is wider.
+    assert peak(Experts(8, 2, 40, shared_intermediate_size=400)) == 1024 * 2 * (300 + 1200)
+    # Not gated, 30 wide inside: 2 * (max(40, 30) + 40) = 160, and the projected input of 30.
+    assert peak(Experts(8, 2, 40, gated=False, latent_size=30)) == 1024 * 2 * (300 + 190)
+
+
+def test_activations_of_latent_attention() -> None:
+    """Latent attention expands 65,536 cached tokens in the profile run."""
+    # DeepSeek-R1 on one rank: 65,536 * 128 heads * (128 + 128) = 2,147,483,648 elements. Its
+    # projections on 1024 tokens: 1536 + 576 down, 128 * 192 queries, 128 * 128 before the output:
+    # 43,072; residual 3 * 7168 = 21,504. Twice that in bytes.
+    expected = 2 * (2_147_483_648 + 1024 * (43_072 + 21_504))
+    assert activation_bytes_per_rank(DEEPSEEK_R1, 1, BatchingLimits(1, 1024)) == expected
+
+
 def test_kv_capacity_worked_in_full() -> None:
     """Llama-3.1-8B on one 80 GiB device, every figure by hand."""
     rules = MemoryRules(
@@ -120,7 +158,9 @@ def test_kv_capacity_worked_in_full() -> None:
     assert budget.overhead_bytes == 2_147_483_648
     assert budget.graph_bytes == 536_870_912
     assert budget.fixed_bytes == 19_650_846_720
-    assert budget.block_bytes == 2_097_152  # 16 tokens * 2 * 32 layers * 8 heads * 128 * 2 bytes
+    # 16 tokens * 2 * 32 layers * 8 heads * 128 * 2 bytes.
+    assert budget.layout == KvLayout(block_tokens=16, page_bytes=2_097_152, growing=1)
+    assert budget.block_bytes == 2_097_152
     # 77,309,411,328 - 19,650,846,720 = 57,658,564,608; / 2,097,152 = 27,493.7; the null block.
     assert budget.num_blocks == 27_492
 
@@ -138,7 +178,7 @@ def test_a_device_too_small_has_no_blocks() -> None:
     [
         (LLAMA_8B, 1, 14.96),  # vllm-project/vllm pull 10511 (Llama-3-8B has the same shape)
         (LLAMA_8B, 2, 7.48),
-        (QWEN_32B, 2, 30.71),  # vllm-project/vllm issue 15815
+        (QWEN2_32B, 2, 30.71),  # vllm-project/vllm issue 15815
     ],
 )
 def test_weights_agree_with_public_logs(model: ModelShape, tp: int, gib: float) -> None:
@@ -152,7 +192,7 @@ def test_blocks_of_a_public_log_follow_from_its_kv_memory() -> None:
     left_gib = 0.9 * 44.42 - 30.71 - 0.30 - 1.26
     assert left_gib == pytest.approx(7.71, abs=0.005)
     # 2 * 64 layers * 4 heads * 128 * 2 bytes = 131,072 bytes a token, 2 MiB a block.
-    block = 16 * kv_bytes_per_token(QWEN_32B, 2)
+    block = 16 * kv_bytes_per_token(QWEN2_32B, 2)
     assert block == 2_097_152
     assert left_gib * GIB // block == pytest.approx(3947, abs=1)
 
@@ -165,7 +205,7 @@ def test_blocks_of_a_public_log_follow_from_its_kv_memory() -> None:
         # Two: 71.29 usable - 7.48 - 3.58 - 1.26 activations = 58.97.
         (LLAMA_8B, 2, 79.22, 8192, 3.58, 58.97, 0.015),
         # Issue 15815: context 10,000. Little is left there, so its share of error is larger.
-        (QWEN_32B, 2, 44.42, 10_000, 0.30, 7.71, 0.06),
+        (QWEN2_32B, 2, 44.42, 10_000, 0.30, 7.71, 0.06),
     ],
 )
 def test_kv_memory_against_public_logs(

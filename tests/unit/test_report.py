@@ -218,7 +218,7 @@ def test_cost_and_memory_add_up() -> None:
 
 
 def test_provenance_changes_with_its_source(tmp_path: Path) -> None:
-    """One more token in the trace changes the workload's digest and nothing else."""
+    """One more token in the trace changes the workload's digest and what the run did with it."""
     digests = []
     for output in (30, 31):
         (tmp_path / "trace.csv").write_text(
@@ -229,7 +229,11 @@ def test_provenance_changes_with_its_source(tmp_path: Path) -> None:
         digests.append(dict(report.provenance))
     first, second = digests
     assert first.pop("workload") != second.pop("workload")
+    shares = [dict(one.pop("kernel_time_share")) for one in (first, second)]
     assert first == second
+    for share in shares:
+        assert sum(share.values()) == pytest.approx(1.0)
+        assert all(0 <= value <= 1 for value in share.values())
     assert len(str(first["scenario"])) == 64  # sha256
     assert first["semantics"] == 1
 

@@ -7,27 +7,29 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from planner.io.profiles import load_device, load_kernel_table
-from simulator.attention import context_attention_s, generation_attention_s
+from planner.io.devices import load_device
+from planner.io.profiles import load_kernel_table
+from simulator.attention import (
+    context_attention_s,
+    context_underfill_s,
+    generation_attention_s,
+)
 from simulator.collectives import all_reduce_s, nccl_s
-from simulator.cost import CostCompiler, GraphRules, HostConstants, graph_sizes
+from simulator.cost import CostCompiler
+from simulator.engine_rules import GraphRules, HostConstants, graph_sizes
 from simulator.gemm import gemm_s
 from simulator.interpolate import Provenance
-from simulator.model import ModelShape
-from simulator.ops import (
-    elementwise_bytes_per_token,
-    elementwise_kernels_per_layer,
-    head_gemm,
-    layer_gemms,
-    sampler_bytes_per_sequence,
-)
+from simulator.ops import elementwise, head_gemm, layer_gemms, sampler_bytes_per_sequence
 from simulator.plan import BatchingLimits
 from simulator.timing import IterationCost, decode_attention_s, iteration_s
 from tests.builders import linear_cost
+from tests.shapes import LLAMA_70B
 
 TABLE = load_kernel_table("H100-SXM-80GB", "vllm", "0.24.0")
 DEVICE = load_device("H100-SXM-80GB")
-MODEL = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, False, False, False, 131072)
+MODEL = LLAMA_70B
+LAYER = MODEL.layers[0]
+HEADS = {tp: (LAYER.mixer.num_heads // tp, LAYER.mixer.num_kv_heads // tp) for tp in (1, 2, 4, 8)}
 GRAPHS = GraphRules(graph_sizes([1, 2, 4], [[8, 248, 8], [256, 512, 16]]), full_decode=True)
 PIECES = GraphRules(GRAPHS.sizes, full_decode=False)
 LIMITS = BatchingLimits(max_num_seqs=256, max_num_batched_tokens=8192)
@@ -118,12 +120,12 @@ def test_arrays_have_one_entry_per_count(tp: int) -> None:
 
 
 @pytest.mark.parametrize("tp", WIDTHS)
-def test_decode_attention_is_within_one_percent_of_the_tables(tp: int) -> None:
-    """Between knots the straight line differs by less than 1 % from the interpolated kernel."""
+def test_decode_attention_is_within_two_percent_of_the_tables(tp: int) -> None:
+    """Between knots the straight line differs by less than 2 % from the interpolated kernel."""
     cost = compiled(tp)
     contexts = np.unique(np.geomspace(1, CONTEXT, 150).astype(int))
     batches = np.array([1, 2, 3, 5, 8, 13, 32, 100, 200, 256])
-    heads, kv_heads = MODEL.heads_per_rank(tp), MODEL.kv_heads_per_rank(tp)
+    heads, kv_heads = HEADS[tp]
     kernel_s, _ = generation_attention_s(
         TABLE, DEVICE, "bf16", 128, heads, kv_heads, batches, contexts
     )
@@ -131,7 +133,7 @@ def test_decode_attention_is_within_one_percent_of_the_tables(tp: int) -> None:
         got = np.array([decode_attention_s(cost, b, b * c) for c in contexts.tolist()])
         # The launch of an attention kernel (row 0) is the least that any batch takes.
         expected = np.maximum(row, cost.attention_s[0, 0])
-        np.testing.assert_allclose(got, expected, rtol=0.01)
+        np.testing.assert_allclose(got, expected, rtol=0.02)
 
 
 def copy_s(elements: int) -> float:
@@ -143,10 +145,11 @@ def own_linear_s(tp: int, tokens: int, *, in_graph: bool) -> float:
     """Time of all layers without attention, put together operator by operator."""
     layer = sum(
         float(gemm_s(TABLE, DEVICE, op.dtype, [tokens], op.n, op.k)[0][0])
-        for op in layer_gemms(MODEL, tp)
+        for op in layer_gemms(MODEL, LAYER, tp)
     )
-    layer += elementwise_kernels_per_layer(MODEL) * DEVICE.elementwise_launch_s
-    layer += elementwise_bytes_per_token(MODEL, tp) * tokens / DEVICE.elementwise_bytes_per_s
+    streams = elementwise(MODEL, LAYER, tp)
+    layer += streams.kernels * DEVICE.elementwise_launch_s
+    layer += streams.bytes_per_token * tokens / DEVICE.elementwise_bytes_per_s
     reduce_s = float(all_reduce_s(TABLE, DEVICE, "graph", tp, [tokens * MODEL.hidden_size])[0][0])
     if tp > 1 and not in_graph:
         reduce_s += copy_s(tokens * MODEL.hidden_size)
@@ -193,7 +196,7 @@ def test_without_graphs_nothing_is_padded() -> None:
 def test_prompt_attention_telescopes_over_any_chunks(tp: int) -> None:
     """Chunks add up to the whole prompt, which is the kernel's marginal cost of its length."""
     prefill_s = compiled(tp).prefill_s
-    heads, kv_heads = MODEL.heads_per_rank(tp), MODEL.kv_heads_per_rank(tp)
+    heads, kv_heads = HEADS[tp]
     lengths = np.array([0, 1, 100, 4096, 10_000, CONTEXT])
     whole_s, _, _ = context_attention_s(TABLE, DEVICE, "bf16", 128, heads, kv_heads, lengths)
     np.testing.assert_allclose(prefill_s[lengths], MODEL.num_layers * whole_s, rtol=1e-12)
@@ -239,6 +242,17 @@ def test_the_prefill_multiplier_scales_prompt_iterations_only() -> None:
         assert np.array_equal(getattr(scaled, same), getattr(bare, same))
     with pytest.raises(ValueError, match=r"prefill_multiplier is 0\.9"):
         HostConstants(prefill_multiplier=0.9)
+
+
+@pytest.mark.parametrize("tp", WIDTHS)
+def test_prompt_iterations_pay_for_what_few_tokens_leave_idle(tp: int) -> None:
+    """Mixed iterations take the decode ones' time and the underfill of prefill attention."""
+    cost = compiled(tp)
+    tokens = np.arange(1, 8193)
+    underfill_s, _ = context_underfill_s(TABLE, DEVICE, "bf16", 128, *HEADS[tp], tokens)
+    more_s = (cost.mixed_s - cost.decode_s)[1:]
+    np.testing.assert_allclose(more_s, MODEL.num_layers * underfill_s, rtol=1e-9, atol=1e-12)
+    assert more_s[4095] > 0
 
 
 def test_eager_layers_have_a_floor_outside_full_graphs() -> None:

@@ -1,0 +1,269 @@
+"""KV-cache tokens of public logs, within 3 %.
+
+``GIVEN`` starts from the KV memory that the log prints and so tests bytes per token, the tests of
+pages test mixed models, ``CHAIN`` everything from the device's memory on: only what lies outside
+the framework's allocator is taken from the log, or from the shipped rules where it does not say.
+
+Facts looked at and not here, for what is not known of them:
+
+* Llama-3.1-70B w8a8, 1381 blocks (vllm pull 12569): device, sequences and token budget; between
+  256 and 1024 sequences ours goes from 26 % above to 27 % below.
+* Llama-3.1-8B on 8 devices, 464,716 blocks (mlcommons/inference issue 2267): the memory fraction.
+* DeepSeek-R1 on 16 H800, 201,681 tokens (sglang issue 4161): the memory fraction.
+* gpt-oss-120b on one H100, 1.71 and -2.14 GiB (vllm issues 27508, 23278): weights print as 64.4
+  to 66 GiB, 3.6 to 5.2 above the checkpoint's, since vLLM pads MXFP4 widths
+  (layers/quantization/mxfp4.py: 2880 to 2944 and 3072 for Marlin, which makes 65.9). With those
+  weights the sampler's peak explains both to 0.2 GiB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from simulator.kv_layout import kv_bytes_per_token, kv_layout, state_bytes, token_bytes
+from simulator.memory import LOGIT_BYTES, NULL_BLOCKS, MemoryRules, memory_budget
+from simulator.model import Attention, GatedDeltaNet, Mamba2, ModelShape
+from simulator.plan import BatchingLimits
+from simulator.units import GIB
+from tests.shapes import (
+    DEEPSEEK_V32,
+    KIMI_K2_INT4,
+    LLAMA_8B,
+    LLAMA_70B,
+    LLAMA_70B_FP8,
+    MINIMAX_M2,
+    NEMOTRON_NANO_9B,
+    QWEN2_32B,
+    QWEN3_06B,
+    QWEN3_8B,
+    QWEN3_17B,
+    QWEN3_32B,
+    QWEN3_235B_FP8,
+    device,
+    gpt_oss,
+    mimo_v2_flash,
+    qwen35,
+)
+
+WITHIN = 0.03
+
+
+GIVEN = [
+    # vllm issue 21348: Qwen3-235B-A22B-FP8 on 4 H100, vLLM 0.9.2 or later; the smallest of four
+    # ranks counts, the memory is one rank's.
+    pytest.param(QWEN3_235B_FP8, 4, 8.11, 178_880, id="qwen3-235b-vllm"),
+    # The same issue: SGLang, K and V of 8.23 GB each, which SGLang counts as GiB.
+    pytest.param(QWEN3_235B_FP8, 4, 8.23 + 8.23, 367_404, id="qwen3-235b-sglang"),
+    # vllm issue 33263, 0.14.0.
+    pytest.param(QWEN3_17B, 1, 18.78, 175_856, id="qwen3-1.7b"),
+    # vllm issue 15815, V0: 3947 blocks.
+    pytest.param(QWEN2_32B, 2, 7.71, 3947 * 16, id="qwen2.5-32b"),
+    # vllm-project/recipes, moonshotai/Kimi-K2-Think.md, 0.11.1: latents whole on each of 8 ranks.
+    pytest.param(KIMI_K2_INT4, 8, 46.80, 715_072, id="kimi-k2"),
+    # sglang pull 11716: a 70B model with 8 KV heads on 8 devices.
+    pytest.param(LLAMA_70B, 8, 53.31 + 53.31, 2_795_207, id="llama-70b-sglang"),
+    # sglang pull 15464: MiMo-V2-Flash on 4 B200; windowed layers got room for every token there.
+    pytest.param(mimo_v2_flash(0), 4, 77.63, 1_496_958, id="mimo-v2-flash-sglang"),
+    # sglang pull 11309: DeepSeek-V3.2-Exp with attention on one rank of 8 B200, fp8 latents and
+    # the indexer's keys.
+    pytest.param(
+        replace(DEEPSEEK_V32, kv_dtype="fp8"), 1, 43.67, 975_424, id="deepseek-v3.2-sglang"
+    ),
+    # vllm issue 12330, V0: Llama-3-8B on A100 40 GB, 5691 blocks.
+    pytest.param(LLAMA_8B, 1, 11.12, 5691 * 16, id="llama-8b"),
+    # generative-computing/mellea pull 416, V0: 36,184 blocks.
+    pytest.param(QWEN3_06B, 1, 61.84, 36_184 * 16, id="qwen3-0.6b"),
+    # eugr/spark-vllm-docker issue 396, 0.29.1: MiniMax-M2.7 on 2 ranks.
+    pytest.param(MINIMAX_M2, 2, 28.74, 240_816, id="minimax-m2.7"),
+    # The same issue: a request of 196,608 tokens needs 23.25 GiB.
+    pytest.param(MINIMAX_M2, 2, 23.25, 196_608, id="minimax-m2.7-request"),
+    # LMCache issue 3430, 0.21.0.
+    pytest.param(QWEN3_8B, 1, 6.37, 46_368, id="qwen3-8b"),
+]
+
+
+@pytest.mark.parametrize(("model", "tp", "kv_gib", "tokens"), GIVEN)
+def test_tokens_of_the_printed_kv_memory(
+    model: ModelShape, tp: int, kv_gib: float, tokens: int
+) -> None:
+    """Tokens follow from KV memory by bytes per token."""
+    assert kv_gib * GIB / kv_bytes_per_token(model, tp) == pytest.approx(tokens, rel=WITHIN)
+
+
+def test_pages_of_qwen35() -> None:
+    """VLLM issue 40691, 0.19.0: Qwen3.5-27B, "290,864 tokens", 33.04 requests of 32,768 tokens.
+
+    That version printed pages // 4 groups * 784 tokens: the pages are 1484 to 1487.
+    """
+    layout = kv_layout(qwen35(16, 5120, 4, 48, "bf16"), 1, 16, "fp32")
+    assert layout.block_tokens == 784
+    assert 1487 // (layout.growing + layout.fixed) * layout.block_tokens == 290_864
+    assert round(1487 / layout.pages(32_768), 2) == 33.04
+
+
+@pytest.mark.parametrize(
+    ("kv_gib", "tokens"),
+    [(5.98, 567_978), (6.01, 569_878)],  # noonghunna/club-3090 issues 612, 652
+)
+def test_pages_of_qwen36(kv_gib: float, tokens: int) -> None:
+    """Qwen3.6-35B-A3B, fp8 KV, 0.24.0: pages / pages of one request of 131,072 tokens, as tokens.
+
+    Prefix caching was switched on, which gives each recurrent group a second page per request.
+    """
+    layout = kv_layout(qwen35(10, 2048, 2, 32, "fp8"), 1, 16, "fp32")
+    requests = kv_gib * GIB // layout.page_bytes / (layout.pages(131_072) + layout.fixed)
+    assert int(requests * 131_072) == tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "state_dtype", "block_tokens", "padding"),
+    [
+        # 1CatAI/1Cat-vLLM issue 237 and club-3090 issue 1047: 27B models, bf16 and fp8 KV.
+        (qwen35(16, 5120, 4, 48, "bf16"), "fp32", 784, 0.0013),
+        (qwen35(16, 5120, 4, 48, "fp8"), "fp32", 1568, 0.0013),
+        # vllm issue 24280, 0.10.1, states in bf16. It does not print the padding: 2,695,168 bytes
+        # are 657.99 tokens of 4096.
+        (NEMOTRON_NANO_9B, "bf16", 672, 672 / 657.99 - 1),
+    ],
+)
+def test_block_that_matches_a_recurrent_state(
+    model: ModelShape, state_dtype: str, block_tokens: int, padding: float
+) -> None:
+    """The attention block that vLLM logs, and by how much it pads the state's page."""
+    assert kv_layout(model, 1, 16, state_dtype).block_tokens == block_tokens
+    attention = next(x.mixer for x in model.layers if isinstance(x.mixer, Attention))
+    recurrent = model.layers[0].mixer
+    assert isinstance(recurrent, (GatedDeltaNet, Mamba2))
+    page = block_tokens * token_bytes(attention, model.kv_dtype, 1)
+    assert page / state_bytes(recurrent, state_dtype, 1) - 1 == pytest.approx(padding, abs=5e-5)
+
+
+@dataclass(frozen=True)
+class Run:
+    """An engine start as its log tells it, sizes in GiB."""
+
+    model: ModelShape
+    tp: int
+    memory_gib: float
+    fraction: float
+    limits: BatchingLimits
+    outside_gib: float
+    kv_gib: float
+    graph_gib: float = 0.0
+    logit_bytes: int = LOGIT_BYTES
+
+    def predicted_gib(self) -> float:
+        """KV memory that we expect."""
+        rules = MemoryRules(
+            self.fraction,
+            int(self.outside_gib * GIB),
+            int(self.graph_gib * GIB),
+            16,
+            logit_bytes=self.logit_bytes,
+        )
+        budget = memory_budget(self.model, device(self.memory_gib), self.tp, self.limits, rules)
+        return (budget.num_blocks + NULL_BLOCKS) * budget.block_bytes / GIB
+
+
+SERVER = BatchingLimits(1024, 8192)
+"""vLLM's server defaults on H100 and H200."""
+
+SORTED = 38
+"""Bytes per logit where the sampler sorts: bf16 and float32 logits 6, sorted values and indices 12,
+the sort's buffers 20. The activation peaks of the five H100 runs below come to 38.3 to 38.5, hidden
+states taken off, so those runs do not test it; Kimi-K2's does."""
+
+SHIPPED_GIB = 1.5
+"""Overhead in profiles/engines/vllm.yaml."""
+
+# llm-d/llm-d-benchmark, config_explorer/empirical-vllm-memory-results.md: one or two H100 of 79.18
+# GiB, server defaults, memory outside the allocator as printed.
+LLM_D = [
+    pytest.param(
+        Run(LLAMA_8B, 1, 79.18, 0.9, SERVER, 0.13, 51.38, logit_bytes=SORTED), id="llama-8b"
+    ),
+    pytest.param(
+        Run(QWEN3_06B, 1, 79.18, 0.9, SERVER, 0.13, 64.45, logit_bytes=SORTED), id="qwen3-0.6b"
+    ),
+    pytest.param(
+        Run(LLAMA_70B_FP8, 2, 79.18, 0.9, SERVER, 0.55, 32.0, logit_bytes=SORTED), id="llama-70b"
+    ),
+    pytest.param(
+        Run(QWEN3_32B, 1, 79.18, 0.9, SERVER, 0.14, 4.45, logit_bytes=SORTED), id="qwen3-32b"
+    ),
+    pytest.param(
+        Run(gpt_oss(24, 32), 1, 79.18, 0.9, SERVER, 0.13, 50.28, logit_bytes=SORTED),
+        id="gpt-oss-20b",
+    ),
+]
+CHAIN = [
+    *LLM_D,
+    # vllm-project/recipes, moonshotai/Kimi-K2-Think.md, 0.11.1, server defaults on 8 H200.
+    pytest.param(
+        Run(KIMI_K2_INT4, 8, 139.8, 0.9, SERVER, SHIPPED_GIB, 46.80, logit_bytes=SORTED),
+        id="kimi-k2",
+    ),
+    # vllm issue 10517, V0 on RTX 3090, contexts of 20,000 and 29,000 tokens in one batch.
+    pytest.param(
+        Run(LLAMA_8B, 1, 23.58, 0.9, BatchingLimits(256, 20_000), 0.35, 3.81), id="rtx-3090-20k"
+    ),
+    pytest.param(
+        Run(LLAMA_8B, 1, 23.58, 0.9, BatchingLimits(256, 29_000), 0.35, 2.89), id="rtx-3090-29k"
+    ),
+    # LMCache issue 3430, 0.21.0 on RTX A5000: the log's shift of the memory fraction by its graph
+    # estimate, 0.52 GiB, tells the device's total to 0.3 GiB; that of an RTX 3090 is taken, and
+    # outside the allocator what a single H100 shows.
+    pytest.param(
+        Run(QWEN3_8B, 1, 23.58, 0.9764, BatchingLimits(256, 8192), 0.13, 6.37, graph_gib=0.52),
+        id="rtx-a5000",
+    ),
+]
+
+
+@pytest.mark.parametrize("run", CHAIN)
+def test_kv_memory_from_the_device_on(run: Run) -> None:
+    """Weights and activations are ours; tokens are as near as the memory is."""
+    assert run.predicted_gib() == pytest.approx(run.kv_gib, rel=WITHIN)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="logit_bytes ships as 10, which the overhead was fitted with"
+)
+@pytest.mark.parametrize("run", LLM_D)
+def test_kv_memory_with_the_shipped_rules(run: Run) -> None:
+    """Known to miss by 4 to 62 %: the sampler's peak of 1024 sequences is 3 to 5 GiB short."""
+    shipped = replace(run, outside_gib=SHIPPED_GIB, logit_bytes=LOGIT_BYTES)
+    assert shipped.predicted_gib() == pytest.approx(run.kv_gib, rel=WITHIN)
+
+
+@pytest.mark.xfail(strict=True, reason="see each")
+@pytest.mark.parametrize(
+    "run",
+    [
+        # vllm issue 21348: ours is 24 % above. An LMCache connector was loaded, whose memory
+        # nobody printed; SGLang had 8.4 GiB more on the same devices.
+        pytest.param(
+            Run(QWEN3_235B_FP8, 4, 79.22, 0.9, SERVER, 0.55, 8.11, logit_bytes=SORTED),
+            id="qwen3-235b",
+        ),
+        # llm-d's table again: the weights print as 64.38 GiB, 3.6 above the checkpoint's, because
+        # the engine pads MXFP4 widths.
+        pytest.param(
+            Run(gpt_oss(36, 128), 1, 79.18, 0.95, SERVER, 0.13, 3.33, logit_bytes=SORTED),
+            id="gpt-oss-120b",
+        ),
+        # vllm pull 17122, 0.8.5 on L40S: 158,656 tokens, ours 4.4 % above. V1 counted what its
+        # allocator cached as used until pull 19312.
+        pytest.param(
+            Run(
+                LLAMA_8B, 1, 44.42, 0.9, BatchingLimits(1024, 2048), 0.13, 19.37, logit_bytes=SORTED
+            ),
+            id="llama-8b-l40s",
+        ),
+    ],
+)
+def test_kv_memory_that_misses(run: Run) -> None:
+    """Known to miss."""
+    assert run.predicted_gib() == pytest.approx(run.kv_gib, rel=WITHIN)
