@@ -39,6 +39,9 @@ RULES: Final = {
     "cold_start_s": Rule(-1, None),
     "warm_start_s": Rule(-1, None),
     "seconds": Rule(-1, None),
+    "load_ms": Rule(-1, None),
+    "compile_ms": Rule(-1, None),
+    "p90_abs_pct": Rule(-1, 1.0),
 }
 """By the last part of a figure's path; figures without a rule are not recorded."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import numpy as np
 from simulator.collectives import all_reduce_s, nccl_s
 from simulator.gemm import gemm_s
 from simulator.interpolate import Provenance
+from simulator.model import Layer
 from simulator.ops import all_reduces, head_gemm, sampler_bytes_per_sequence
 from simulator.parts import Axis, Part, Sizes, layer_parts
 from simulator.plan import BatchingLimits
@@ -287,13 +289,21 @@ class CostCompiler:
         model = self._model
         parts = [
             part.times(count)
-            for layer, count in model.layer_counts.items()
-            for part in layer_parts(model, self._device, self._table, layer, tp, self._sizes)
+            for half, count in self._halves().items()
+            for part in layer_parts(model, self._device, self._table, half, tp, self._sizes)
         ]
         parts.extend(self._sampled_parts(tp))
         if tp > 1:
             parts.append(self._all_reduce(tp).times(self._reduces))
         return parts
+
+    def _halves(self) -> Counter[Layer]:
+        """Mixers, and feed-forward networks with the layer's norms, each kind counted once."""
+        halves: Counter[Layer] = Counter()
+        for layer, count in self._model.layer_counts.items():
+            halves[Layer(layer.mixer, None, norms=0)] += count
+            halves[Layer(None, layer.ffn, layer.norms)] += count
+        return halves
 
     @property
     def _reduces(self) -> int:

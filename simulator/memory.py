@@ -30,10 +30,6 @@ their keys and values (vLLM 0.24.0, model_executor/layers/attention/mla_attentio
 for contexts below 8192 tokens, and 0.10.2 leaves it out of the profile."""
 
 
-LOGIT_BYTES: Final = 10
-"""bf16 logits and two float32 copies: what the shipped overheads were fitted with."""
-
-
 @dataclass(frozen=True)
 class MemoryRules:
     """What an engine version takes besides weights and activations, and how it counts.
@@ -61,8 +57,8 @@ class MemoryRules:
     overhead_bytes: int
     graph_bytes: int
     block_tokens: int
-    logit_bytes: int = LOGIT_BYTES
-    state_dtype: str = "fp32"
+    logit_bytes: int
+    state_dtype: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class MemoryBudget:
 
 
 def activation_bytes_per_rank(
-    model: ModelShape, tp: int, limits: BatchingLimits, logit_bytes: int = LOGIT_BYTES
+    model: ModelShape, tp: int, limits: BatchingLimits, logit_bytes: int
 ) -> int:
     """Peak activation bytes of the engine's profile run on one rank.
 

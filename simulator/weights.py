@@ -10,7 +10,7 @@ whole on every rank. Each routed expert is cut over all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from simulator.model import Attention, Experts, GatedDeltaNet, LatentAttention, Mlp
 from simulator.precision import PRECISIONS
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from simulator.model import Ffn, Layer, Mamba2, Mixer, ModelShape
+
+
+_PADDED: Final = ("mxfp4", "mxfp4_mxfp8")
+_PADDED_WIDTH: Final = 128
+_PADDED_HIDDEN: Final = 256
+"""What vLLM pads MXFP4 experts to (layers/quantization/mxfp4.py, Marlin): with it gpt-oss-120b
+takes the 66.0 GiB that its log prints (vllm issue 23278). Other kernels pad a little more or less:
+64.4 GiB in the log of issue 27508."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,8 @@ def _parameters(model: ModelShape, layer: Layer) -> int:
 
 def _idle_expert_parameters(model: ModelShape, ffn: Experts) -> int:
     """Parameters of the routed experts that one token does not visit."""
-    routed = sum(w.elements for w in _routed_experts(ffn, model.hidden_size, 1))
+    experts = _routed_experts(ffn, model.hidden_size, 1)
+    routed = sum(weight.elements for weight in experts if not weight.is_copy)
     return routed // ffn.num_experts * (ffn.num_experts - ffn.top_k)
 
 
@@ -229,6 +238,18 @@ def _routed_experts(ffn: Experts, hidden: int, tp: int) -> Iterator[Weight]:
     Under expert parallelism a rank would hold ``num_experts / ep`` whole experts: this is the one
     place where that changes.
     """
-    one = Mlp(ffn.intermediate_size, ffn.gated, ffn.bias, ffn.dtype)
-    for weight in _mlp("experts", one, ffn.latent_size or hidden, tp):
+    one, inner = (
+        Mlp(ffn.intermediate_size, ffn.gated, ffn.bias, ffn.dtype),
+        ffn.latent_size or hidden,
+    )
+    for weight in _mlp("experts", one, inner, tp):
         yield Weight(weight.name, ffn.num_experts * weight.elements, weight.dtype)
+    if ffn.dtype in _PADDED:
+        width = ffn.intermediate_size // tp
+        padded = _round_up(inner, _PADDED_HIDDEN) * _round_up(width, _PADDED_WIDTH)
+        extra = (3 if ffn.gated else 2) * (padded - inner * width)
+        yield Weight("expert padding", ffn.num_experts * extra, ffn.dtype, is_copy=True)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

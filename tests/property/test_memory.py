@@ -112,7 +112,7 @@ def test_wider_tp_never_takes_more(model: ModelShape) -> None:
     for measure in (
         weight_bytes_per_rank,
         kv_bytes_per_token,
-        lambda shape, tp: activation_bytes_per_rank(shape, tp, limits),
+        lambda shape, tp: activation_bytes_per_rank(shape, tp, limits, 10),
     ):
         sizes = [measure(model, tp) for tp in WIDTHS]
         assert sizes == sorted(sizes, reverse=True)
@@ -123,7 +123,7 @@ def test_wider_tp_never_takes_more(model: ModelShape) -> None:
 @given(models(), st.sampled_from(WIDTHS), st.integers(1, 80))
 def test_the_budget_adds_up(model: ModelShape, tp: int, memory_gib: int) -> None:
     """Pages, with the null one, fill what is left to within one page."""
-    rules = MemoryRules(0.9, 10**8, 0, 16)
+    rules = MemoryRules(0.9, 10**8, 0, 16, 10, "fp32")
     budget = memory_budget(model, device(memory_gib), tp, BatchingLimits(16, 512), rules)
     left = budget.usable_bytes - budget.fixed_bytes
     assert 0 <= left - (budget.num_blocks + 1) * budget.layout.page_bytes < budget.block_bytes

@@ -97,11 +97,11 @@ def test_activations_peak_in_the_mlp_or_in_the_sampler() -> None:
     """A large token budget peaks in the MLP, many sequences peak in the sampler."""
     # MLP: 8192 tokens * 2 bytes * (3 * 14,336 + 3 * 4096 = 55,296) = 905,969,664. Sampler: 256
     # sequences * 128,256 * (2 + 2 * 4) + 8192 * 2 * 4096 = 328,335,360 + 67,108,864, less.
-    assert activation_bytes_per_rank(LLAMA_8B, 1, BatchingLimits(256, 8192)) == 905_969_664
+    assert activation_bytes_per_rank(LLAMA_8B, 1, BatchingLimits(256, 8192), 10) == 905_969_664
     # On two ranks the MLP is halved: 8192 * 2 * (21,504 + 12,288) = 553,648,128.
-    assert activation_bytes_per_rank(LLAMA_8B, 2, BatchingLimits(256, 8192)) == 553_648_128
+    assert activation_bytes_per_rank(LLAMA_8B, 2, BatchingLimits(256, 8192), 10) == 553_648_128
     # 1024 sequences: 1,313,341,440 + 2048 * 2 * 4096 = 16,777,216; MLP 226,492,416.
-    assert activation_bytes_per_rank(LLAMA_8B, 1, BatchingLimits(1024, 2048)) == 1_330_118_656
+    assert activation_bytes_per_rank(LLAMA_8B, 1, BatchingLimits(1024, 2048), 10) == 1_330_118_656
 
 
 def test_the_sampler_peak_follows_the_bytes_per_logit() -> None:
@@ -116,9 +116,9 @@ def test_activations_of_fused_experts() -> None:
     model = gpt_oss(24, 32)
     # 4 experts a token, each 2 * 2880 in (more than the hidden 2880) and 2880 after the
     # activation: 34,560; residual streams 3 * 2880 = 8640; * 8192 * 2 bytes.
-    assert activation_bytes_per_rank(model, 1, BatchingLimits(8, 8192)) == 707_788_800
+    assert activation_bytes_per_rank(model, 1, BatchingLimits(8, 8192), 10) == 707_788_800
     # On two ranks the first product is as wide as the last one: 4 * (2880 + 1440) = 17,280.
-    assert activation_bytes_per_rank(model, 2, BatchingLimits(8, 8192)) == 424_673_280
+    assert activation_bytes_per_rank(model, 2, BatchingLimits(8, 8192), 10) == 424_673_280
 
 
 def test_activations_of_shared_and_latent_experts() -> None:
@@ -127,7 +127,7 @@ def test_activations_of_shared_and_latent_experts() -> None:
 
     def peak(experts: Experts) -> int:
         model = ModelShape("m", (Layer(None, experts),), 100, 10, True, 1024)
-        return activation_bytes_per_rank(model, 1, limits)
+        return activation_bytes_per_rank(model, 1, limits, 10)
 
     # Per token, besides 3 * 100 residual: 2 * (max(2 * 40, 100) + 40) = 280, shared output 100.
     assert peak(Experts(8, 2, 40, shared_intermediate_size=40)) == 1024 * 2 * (300 + 380)
@@ -143,13 +143,18 @@ def test_activations_of_latent_attention() -> None:
     # projections on 1024 tokens: 1536 + 576 down, 128 * 192 queries, 128 * 128 before the output:
     # 43,072; residual 3 * 7168 = 21,504. Twice that in bytes.
     expected = 2 * (2_147_483_648 + 1024 * (43_072 + 21_504))
-    assert activation_bytes_per_rank(DEEPSEEK_R1, 1, BatchingLimits(1, 1024)) == expected
+    assert activation_bytes_per_rank(DEEPSEEK_R1, 1, BatchingLimits(1, 1024), 10) == expected
 
 
 def test_kv_capacity_worked_in_full() -> None:
     """Llama-3.1-8B on one 80 GiB device, every figure by hand."""
     rules = MemoryRules(
-        memory_fraction=0.9, overhead_bytes=2 * GIB, graph_bytes=GIB // 2, block_tokens=16
+        memory_fraction=0.9,
+        overhead_bytes=2 * GIB,
+        graph_bytes=GIB // 2,
+        block_tokens=16,
+        logit_bytes=10,
+        state_dtype="fp32",
     )
     budget = memory_budget(LLAMA_8B, device(80), 1, BatchingLimits(256, 8192), rules)
     assert budget.usable_bytes == 77_309_411_328  # 0.9 * 80 * 1024^3
@@ -167,7 +172,14 @@ def test_kv_capacity_worked_in_full() -> None:
 
 def test_a_device_too_small_has_no_blocks() -> None:
     """Where the weights alone do not fit the count is negative, not an error."""
-    rules = MemoryRules(memory_fraction=0.9, overhead_bytes=0, graph_bytes=0, block_tokens=16)
+    rules = MemoryRules(
+        memory_fraction=0.9,
+        overhead_bytes=0,
+        graph_bytes=0,
+        block_tokens=16,
+        logit_bytes=10,
+        state_dtype="fp32",
+    )
     budget = memory_budget(LLAMA_70B, device(80), 1, BatchingLimits(256, 8192), rules)
     assert budget.num_blocks < 0
     assert budget.fixed_bytes > budget.usable_bytes
@@ -222,7 +234,7 @@ def test_kv_memory_against_public_logs(
     Those engines (V0) printed 1.26 GiB of activations in all three runs, whatever the width: their
     sampler's peak. Ours is 0.5 to 1.1 GiB there, so less than 0.8 GiB is missing.
     """
-    rules = MemoryRules(0.9, int(outside_gib * GIB), 0, 16)
+    rules = MemoryRules(0.9, int(outside_gib * GIB), 0, 16, 10, "fp32")
     budget = memory_budget(model, device(memory_gib), tp, BatchingLimits(256, tokens), rules)
     ours_gib = budget.num_blocks * budget.block_bytes / GIB
     assert kv_gib < ours_gib < kv_gib * (1 + within)
