@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
-from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from planner.errors import NO_VALUE, InputError, nearest
+from planner.errors import InputError, nearest
+from planner.io.data_file import Entry, read_json
 from planner.io.profiles import available_kernel_tables, load_kernel_table
 from simulator.device import Device
 from simulator.units import GIB
@@ -25,11 +24,7 @@ MICRO: Final = 1e-6
 TERA: Final = 1e12
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Fact(_Entry):
+class _Fact(Entry):
     """Where a value comes from; ``recalled``: from memory, not checked against its source."""
 
     source: Annotated[str, Field(min_length=1)]
@@ -57,7 +52,7 @@ class _MaybeNumber(_Fact):
     value: Annotated[float, Field(gt=0)] | None
 
 
-class _Device(_Entry):
+class _Device(Entry):
     name: str
     estimated_from: _Name | None = None
     collectives_from: _Name | None = None
@@ -82,7 +77,7 @@ class _Device(_Entry):
     price_per_hour: _MaybeNumber
 
 
-class _Catalogue(_Entry):
+class _Catalogue(Entry):
     schema_version: Annotated[int, Field(ge=1, le=1)]
     devices: tuple[_Device, ...]
 
@@ -260,12 +255,7 @@ def _entry(name: str) -> _Device:
 
 @lru_cache(maxsize=1)
 def _read() -> dict[str, _Device]:
-    try:
-        text = (files("profiles") / "hardware" / "devices.json").read_text(encoding="utf-8")
-        document = json.loads(text)
-    except (OSError, ValueError) as error:
-        rule = f"cannot be read: {error}"
-        raise InputError(source=DEVICES_FILE, field="", value=NO_VALUE, rule=rule) from None
+    document = read_json("hardware", "devices.json")
     try:
         catalogue = _Catalogue.model_validate(document)
     except ValidationError as error:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from pydantic import Field
 
 from planner.errors import InputError, nearest
+from planner.io import data_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PACKAGE: Final = "profiles"
 INTERCONNECTS_FILE: Final = "profiles/hardware/interconnects.json"
 NONE: Final = "none"
 """Name of no network at all: machines that cannot work on one replica together."""
@@ -96,19 +96,43 @@ def interconnect_names() -> tuple[str, ...]:
     return tuple(sorted(_known()))
 
 
+class _Nics(data_file.Entry):
+    per: Literal["device", "node"]
+    count: Annotated[int, Field(gt=0)]
+    source: str
+
+
+class _Fact(data_file.Entry):
+    value: Annotated[float, Field(gt=0)]
+    source: str
+
+
+class _Network(data_file.Entry):
+    name: str
+    nics: _Nics
+    gbit_per_s: _Fact
+    latency_us: _Fact
+    efficiency: _Fact
+
+
+class _Networks(data_file.Entry):
+    schema_version: Annotated[int, Field(ge=1, le=1)]
+    interconnects: tuple[_Network, ...]
+
+
 @lru_cache(maxsize=1)
 def _known() -> Mapping[str, Interconnect]:
-    text = (files(PACKAGE) / "hardware" / "interconnects.json").read_text(encoding="utf-8")
-    return {entry["name"]: _interconnect(entry) for entry in json.loads(text)["interconnects"]}
+    found = data_file.read_checked("hardware", "interconnects.json", _Networks)
+    return {entry.name: _interconnect(entry) for entry in found.interconnects}
 
 
-def _interconnect(entry: Mapping[str, Any]) -> Interconnect:
-    count, per_device = entry["nics"]["count"], entry["nics"]["per"] == "device"
-    line_rate = entry["gbit_per_s"]["value"] * BYTES_PER_S_PER_GBIT
+def _interconnect(entry: _Network) -> Interconnect:
+    per_device = entry.nics.per == "device"
+    line_rate = entry.gbit_per_s.value * BYTES_PER_S_PER_GBIT
     return Interconnect(
-        name=entry["name"],
-        nics_per_device=count if per_device else 0,
-        nics_per_node=0 if per_device else count,
-        nic_bytes_per_s=line_rate * entry["efficiency"]["value"],
-        latency_s=entry["latency_us"]["value"] * S_PER_US,
+        name=entry.name,
+        nics_per_device=entry.nics.count if per_device else 0,
+        nics_per_node=0 if per_device else entry.nics.count,
+        nic_bytes_per_s=line_rate * entry.efficiency.value,
+        latency_s=entry.latency_us.value * S_PER_US,
     )

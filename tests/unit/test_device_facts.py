@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from planner.errors import InputError
-from planner.io import devices
+from planner.io import data_file, devices
 from planner.io.devices import (
     device_names,
     device_warnings,
@@ -133,7 +133,7 @@ def catalogue(
         change({entry["name"]: entry for entry in document["devices"]} | {"": document})
         (tmp_path / "hardware").mkdir()
         (tmp_path / "hardware" / "devices.json").write_text(json.dumps(document), encoding="utf-8")
-        monkeypatch.setattr(devices, "files", lambda _: tmp_path)
+        monkeypatch.setattr(data_file, "files", lambda _: tmp_path)
         devices._read.cache_clear()
 
     yield edit
@@ -173,7 +173,7 @@ def test_a_broken_catalogue_is_one_line(
     (tmp_path / "hardware").mkdir()
     if text is not None:
         (tmp_path / "hardware" / "devices.json").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(devices, "files", lambda _: tmp_path)
+    monkeypatch.setattr(data_file, "files", lambda _: tmp_path)
     devices._read.cache_clear()
     with pytest.raises(InputError, match=devices.DEVICES_FILE) as caught:
         device_names()

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
-from importlib import resources
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from planner.errors import InputError, nearest
+from planner.io import data_file
 
 Entry = dict[str, Any]
 """``name``, ``aliases``, ``source``, ``config`` and, where known, ``published_params``."""
 
 
+class _Published(data_file.Entry):
+    billions: Annotated[float, Field(gt=0)]
+    source: str
+    note: str | None = None
+
+
+class _Model(data_file.Entry):
+    name: str
+    aliases: tuple[str, ...]
+    source: str
+    config: dict[str, Any]
+    published_params: _Published | None = None
+
+
+class _Catalogue(data_file.Entry):
+    schema_version: Annotated[int, Field(ge=2, le=2)]
+    comment: str
+    models: tuple[_Model, ...]
+
+
 @lru_cache(maxsize=1)
 def entries() -> list[Entry]:
-    """Entries of the catalogue file, in its order."""
-    file = resources.files("profiles") / "models" / "catalogue.json"
-    models: list[Entry] = json.loads(file.read_text(encoding="utf-8"))["models"]
-    return models
+    """Entries of the catalogue file, in its order.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or damaged.
+
+    """
+    catalogue = data_file.read_checked("models", "catalogue.json", _Catalogue)
+    return [model.model_dump(exclude_unset=True) for model in catalogue.models]
 
 
 def names() -> list[str]:
