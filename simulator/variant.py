@@ -9,7 +9,7 @@ One formula scales every kernel. A measured time t is taken apart into
 
 So a launch-bound cell keeps its time, one at the roofline scales with it, and in between the
 result is continuous in t, in the shape and in every device fact; a device scales to itself
-exactly. Scaling the whole time by the roofline ratio instead is off by 29 % for decode attention
+exactly. Scaling the whole time by the roofline ratio instead is off by 28 % for decode attention
 between H100 and H200, whose multiprocessors are equal, where this is off by 2 %.
 
 Rates are those that boards hold under their power limit, not datasheet peaks: on an RTX 4090
