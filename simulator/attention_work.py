@@ -51,18 +51,23 @@ class AttentionShape:
         """Tokens per sequence that are spread over the device: new ones, or attended ones."""
         return length if self.prefill else self.seen(length)
 
+    def work(self, batch: FloatArray, length: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """FLOPs and bytes moved: each cached token, query and output once; arrays broadcast."""
+        seen = self.seen(length)
+        if self.prefill:
+            # A causal mask leaves half of the first seen x seen scores, `seen` for each row after.
+            scores, cached, new = seen * (length - seen / 2), length, length
+        else:
+            scores, cached, new = seen, seen, np.ones_like(seen)
+        new_bytes = KV_TENSORS * self.head_dim * self.heads * DTYPE_BYTES["bf16"]
+        cached_bytes = KV_TENSORS * self.head_dim * self.kv_heads * DTYPE_BYTES[self.kv_dtype]
+        flops = FLOPS_PER_SCORE * self.heads * self.head_dim * batch * scores
+        return flops, batch * (cached_bytes * cached + new_bytes * new)
+
     def work_s(self, device: Device, batch: FloatArray, length: FloatArray) -> FloatArray:
         """Arithmetic at the bf16 peak plus traffic at full bandwidth, seconds.
 
         The two are added, as no attention kernel overlaps them fully; arrays broadcast.
         """
-        score_s = FLOPS_PER_SCORE * self.heads * self.head_dim / device.bf16_flops
-        token_s = KV_TENSORS * self.head_dim / device.memory_bandwidth_bytes_per_s
-        new_token_s = token_s * self.heads * DTYPE_BYTES["bf16"]  # its query and output
-        cached_token_s = token_s * self.kv_heads * DTYPE_BYTES[self.kv_dtype]
-        seen = self.seen(length)
-        if not self.prefill:
-            return batch * ((score_s + cached_token_s) * seen + new_token_s)
-        # A causal mask leaves half of the first seen x seen scores, and `seen` for each row after.
-        scores = seen * (length - seen / 2)
-        return batch * (score_s * scores + (new_token_s + cached_token_s) * length)
+        flops, moved_bytes = self.work(batch, length)
+        return flops / device.bf16_flops + moved_bytes / device.memory_bandwidth_bytes_per_s

@@ -20,8 +20,8 @@ from simulator.interpolate import (
     point_labels,
     positive,
 )
+from simulator.kernel_work import product
 from simulator.precision import PRECISIONS
-from simulator.units import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from simulator.interpolate import FloatArray, LabelArray
     from simulator.table import GemmGrid, KernelTable
 
-OUTPUT_BYTES: Final = DTYPE_BYTES["bf16"]
-"""Bytes of one output element: linear layers give bf16 whatever their operands are."""
-FLOPS_PER_MAC: Final = 2
-"""One multiply and one add."""
 TILE_ROWS: Final = 64
 """Rows of the smallest tensor-core tile of Hopper and Blackwell (``wgmma`` m64nNk16 and
 ``tcgen05.mma`` m64, PTX ISA 8.7, sections 9.7.15 and 9.7.16)."""
@@ -119,12 +115,8 @@ def _work_s(
     k: FloatArray | int,
 ) -> FloatArray:
     """Arithmetic at the peak plus traffic at full bandwidth."""
-    precision = PRECISIONS[dtype]
-    moved_bytes = (
-        m * k * precision.activation_bytes + k * n * precision.weight_bytes + m * n * OUTPUT_BYTES
-    )
-    arithmetic_s = FLOPS_PER_MAC * m * n * k / peak_flops
-    return arithmetic_s + moved_bytes / device.memory_bandwidth_bytes_per_s
+    work = product(dtype, m, n, k)
+    return work.flops / peak_flops + work.moved_bytes / device.memory_bandwidth_bytes_per_s
 
 
 def _in_tiles(m: FloatArray) -> FloatArray:

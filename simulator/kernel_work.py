@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from simulator.attention_work import AttentionShape
 from simulator.precision import PRECISIONS
 from simulator.units import DTYPE_BYTES
 
@@ -72,22 +73,17 @@ class Work:
 def gemm_work(dtype: str, grid: GemmGrid) -> tuple[Work, ...]:
     """Dense products, shape (M, N, K)."""
     m, n, k = _mesh(grid.m, grid.n, grid.k)
-    return (_product(dtype, m, n, k),)
+    return (product(dtype, m, n, k),)
 
 
 def generation_work(series: AttentionSeries) -> tuple[Work, ...]:
     """Decode attention, shape (B, L): every attended key and value is read once."""
-    batch, length = _mesh(series.batch, series.length)
-    attended = batch * _within(length, series.window_tokens)
-    return (_attention(series, attended, attended, batch),)
+    return (_attention(series, prefill=False),)
 
 
 def context_work(series: AttentionSeries) -> tuple[Work, ...]:
     """Prefill attention of whole prompts under a causal mask, shape (B, L)."""
-    batch, length = _mesh(series.batch, series.length)
-    seen = _within(length, series.window_tokens)
-    pairs = batch * (seen * length - seen**2 / 2)
-    return (_attention(series, pairs, batch * length, batch * length),)
+    return (_attention(series, prefill=True),)
 
 
 def moe_work(dtype: str, grid: MoeGrid) -> tuple[Work, ...]:
@@ -147,17 +143,17 @@ def latent_work(grid: LatentGrid) -> tuple[Work, ...]:
     expanded = heads * (grid.qk_nope_head_dim + grid.v_head_dim)
     return (
         kernel,
-        _product(grid.weight_dtype, tokens, down, hidden),
-        _product(grid.weight_dtype, tokens, query, np.full_like(heads, grid.q_lora_rank or 1)),
-        _product(grid.weight_dtype, tokens, expanded, np.full_like(heads, grid.kv_lora_rank)),
-        _product(grid.weight_dtype, tokens, hidden, heads * grid.v_head_dim),
+        product(grid.weight_dtype, tokens, down, hidden),
+        product(grid.weight_dtype, tokens, query, np.full_like(heads, grid.q_lora_rank or 1)),
+        product(grid.weight_dtype, tokens, expanded, np.full_like(heads, grid.kv_lora_rank)),
+        product(grid.weight_dtype, tokens, hidden, heads * grid.v_head_dim),
     )
 
 
 def latent_bmm_work(dtype: str, grid: BatchedGemm, rows: int, columns: int) -> tuple[Work, ...]:
     """Per-head products of ``rows`` by ``columns`` weights, shape (H, T)."""
     heads, tokens = _mesh(grid.heads, grid.tokens)
-    one = _product(dtype, tokens, np.full_like(tokens, columns), np.full_like(tokens, rows))
+    one = product(dtype, tokens, np.full_like(tokens, columns), np.full_like(tokens, rows))
     return (Work(dtype, heads * one.flops, heads * one.moved_bytes),)
 
 
@@ -187,12 +183,8 @@ def _mesh(*axes: NDArray[np.int32]) -> tuple[FloatArray, ...]:
     return tuple(axis.astype(np.float64) for axis in np.ix_(*axes))
 
 
-def _within(length: FloatArray, window_tokens: int) -> FloatArray:
-    """Tokens seen by the last one."""
-    return np.minimum(length, window_tokens) if window_tokens else length
-
-
-def _product(dtype: str, m: FloatArray, n: FloatArray, k: FloatArray) -> Work:
+def product(dtype: str, m: FloatArray, n: FloatArray | int, k: FloatArray | int) -> Work:
+    """Dense ``(m, k) @ (k, n)``: operands in ``dtype``, output in bf16 as engines' layers give."""
     precision = PRECISIONS[dtype]
     moved_bytes = (
         m * k * precision.activation_bytes + k * n * precision.weight_bytes + m * n * BF16_BYTES
@@ -200,14 +192,13 @@ def _product(dtype: str, m: FloatArray, n: FloatArray, k: FloatArray) -> Work:
     return Work(dtype, FLOPS_PER_MAC * m * n * k, moved_bytes)
 
 
-def _attention(
-    series: AttentionSeries, pairs: FloatArray, cached: FloatArray, queries: FloatArray
-) -> Work:
-    """Scores and weighted values of ``pairs``; each cached token, query and output moves once."""
-    width = 2 * series.head_dim
-    return Work(
-        "bf16",
-        FLOPS_PER_MAC * pairs * series.heads * width,
-        cached * series.kv_heads * width * PRECISIONS[series.kv_dtype].weight_bytes
-        + queries * series.heads * width * BF16_BYTES,
+def _attention(series: AttentionSeries, *, prefill: bool) -> Work:
+    shape = AttentionShape(
+        prefill,
+        series.head_dim,
+        series.heads,
+        series.kv_heads,
+        series.kv_dtype,
+        series.window_tokens,
     )
+    return Work("bf16", *shape.work(*_mesh(series.batch, series.length)))

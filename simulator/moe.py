@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from simulator.interpolate import Provenance, labels, point_labels, positive, roofline_s
+from simulator.kernel_work import BF16_BYTES, FLOPS_PER_MAC
 from simulator.moe_routing import most_loaded_rank
 from simulator.precision import PRECISIONS
 from simulator.scattered import Curve, Scatter, curve, fit_rates
-from simulator.units import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from simulator.interpolate import FloatArray, LabelArray
     from simulator.table import KernelTable, MoeGrid
 
-FLOPS_PER_MAC: Final = 2
-"""One multiply and one add."""
-BF16_BYTES: Final = DTYPE_BYTES["bf16"]
-"""Bytes of a layer's inputs and outputs, and of the products' outputs, at every precision."""
 
 STAND_INS: Final[dict[str, tuple[str, ...]]] = {
     "bf16": ("fp8", "fp8_block"),
