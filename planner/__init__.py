@@ -17,17 +17,27 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 if TYPE_CHECKING:
-    from planner.api import simulate, solve
+    from planner.api import Simulation, simulate, simulate_requests, solve
     from planner.report import PlanReport
     from planner.scenario import Scenario
 
-__all__ = ["PlanReport", "Scenario", "__version__", "simulate", "solve"]
+__all__ = [
+    "PlanReport",
+    "Scenario",
+    "Simulation",
+    "__version__",
+    "simulate",
+    "simulate_requests",
+    "solve",
+]
 
 _HOMES = {
     "Scenario": "planner.scenario",
     "PlanReport": "planner.report",
-    "solve": "planner.api",
+    "Simulation": "planner.api",
     "simulate": "planner.api",
+    "simulate_requests": "planner.api",
+    "solve": "planner.api",
 }
 
 

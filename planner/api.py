@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from planner.candidates import Candidate, Fate
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from planner.scenario import Scenario
     from planner.search import Progress, SearchResult
     from simulator.plan import Plan
+    from simulator.run import RunResult
+    from simulator.workload import Workload
 
 _MAX_ALTERNATIVES: Final = 6
 """Runners-up in a report."""
@@ -80,8 +82,42 @@ def solve(
     return _report(problem, found, found.best, summary)
 
 
+@dataclass(frozen=True)
+class Simulation:
+    """A simulated plan, request by request.
+
+    Parameters
+    ----------
+    report
+        The answer of :func:`simulate`.
+    workload
+        The requests, in order of arrival.
+    result
+        Times of each request in the same order; with ``result.log``, if asked for, what every
+        iteration did.
+    """
+
+    report: SimulationReport
+    workload: Workload
+    result: RunResult
+
+
 def simulate(scenario: Scenario, plan_text: str) -> SimulationReport:
-    """Simulate one plan.
+    """Simulate one plan; raises as :func:`simulate_requests` does."""
+    return simulate_requests(scenario, plan_text).report
+
+
+def simulate_requests(
+    scenario: Scenario, plan_text: str, *, record_iterations: bool = False
+) -> Simulation:
+    """Simulate one plan and keep what became of every request.
+
+    Parameters
+    ----------
+    scenario, plan_text
+        The workload and the plan, for example ``2xtp4:seqs=256``.
+    record_iterations
+        Whether to keep what every iteration did, too.
 
     Raises
     ------
@@ -107,16 +143,19 @@ def simulate(scenario: Scenario, plan_text: str) -> SimulationReport:
             raise InfeasibleError(text, "")
         raise RefusalError(text)
     run = problem.start(plan, record_gaps=True)
+    if record_iterations:
+        run.record_iterations()
     result = run.finish()
     outcome = Outcome.of(result, plan.devices)
     labels = operator_labels(problem, plan, result)
-    return SimulationReport(
+    report = SimulationReport(
         plan=PlanSummary.of(problem, plan),
         metrics=run_metrics(problem, plan, result),
         breaks=tuple(c.name for c in problem.constraints if c.is_broken(outcome)),
         provenance=provenance_of(problem, plan, result, labels),
         warnings=warnings_of(problem, labels),
     )
+    return Simulation(report, problem.workload, result)
 
 
 def _require_compiled(problem: Problem, plan: Plan) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from simulator.compiled import compiled
+from simulator.iteration_log import log_iteration
 from simulator.policies.vllm_v1 import schedule
 from simulator.state import (
     ARRIVAL,
@@ -37,6 +38,7 @@ from simulator.timing import iteration_s
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from simulator.iteration_log import IterationLog
     from simulator.state import Limits, State
     from simulator.timing import IterationCost
 
@@ -126,12 +128,18 @@ def _finish_iteration(state: State, limits: Limits, gaps: Gaps, r: int, now_s: f
 
 @compiled
 def advance(
-    state: State, limits: Limits, cost: IterationCost, gaps: Gaps, max_iterations: int
+    state: State,
+    limits: Limits,
+    cost: IterationCost,
+    gaps: Gaps,
+    max_iterations: int,
+    log: IterationLog | None = None,
 ) -> bool:
     """Run up to ``max_iterations`` more iterations; the state can be advanced again.
 
     Events happen in order of time, the lower replica first where two coincide, so the result
-    does not depend on how a run is cut into calls.
+    does not depend on how a run is cut into calls. It returns early when ``gaps`` or ``log`` is
+    full. numba compiles the loop once without and once with a log.
 
     Returns
     -------
@@ -147,6 +155,8 @@ def advance(
             return False
         if gaps.gap_s.size > 0 and gaps.used[0] + seats + 1 > gaps.gap_s.size:
             return False  # the caller empties the record first
+        if log is not None and log.used[0] == log.counts.shape[0]:
+            return False
         r = 0
         for other in range(1, replica.shape[0]):
             if clock_s[other, EVENT] < clock_s[r, EVENT]:
@@ -168,6 +178,8 @@ def advance(
                 batch.sampled,
                 batch.has_prefill,
             )
+            if log is not None:
+                log_iteration(log, state, batch, r)
         elif replica[r, HEAD] < replica[r, TAIL]:
             waiting = state.queue[r, replica[r, HEAD]]
             clock_s[r, EVENT] = state.time_s[waiting, ARRIVAL] + limits.ingress_s

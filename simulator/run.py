@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.engine import advance, empty_gaps
+from simulator.iteration_log import IterationLog, Iterations, empty_log, iterations_of
 from simulator.kvcache import pages_for
 from simulator.metrics import Latencies, latencies, makespan_s
 from simulator.state import (
@@ -25,6 +26,7 @@ from simulator.state import (
     PEAK_SEATS,
     PEAK_TOKENS,
     PREEMPTIONS,
+    REPLICA,
     initial_state,
 )
 
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 
 _RECORD_ENTRIES = 1 << 16
 """Entries of the gap record that are handed to the loop at a time (1 MiB)."""
+
+_LOG_ENTRIES = 1 << 14
+"""Iterations of the log that are handed to the loop at a time (1.1 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,10 @@ class RunResult:
         What the run used of its limits.
     gaps
         Gaps between tokens and their counts, or ``None`` if not recorded.
+    replica, preempted
+        (N,) per request: the replica that served it, and how often it was preempted.
+    log
+        What every iteration did, or ``None`` if not recorded.
 
     """
 
@@ -86,6 +95,9 @@ class RunResult:
     preemptions: int
     usage: Usage
     gaps: tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]] | None
+    replica: npt.NDArray[np.int64]
+    preempted: npt.NDArray[np.int64]
+    log: Iterations | None
 
     def trajectory_hash(self) -> str:
         """Digest of every request's times: equal for plans that behave identically."""
@@ -129,6 +141,12 @@ class Run:
         self.state: State = initial_state(workload, replicas, limits)
         self._gaps = empty_gaps(_RECORD_ENTRIES + self.state.running.shape[1] if record_gaps else 0)
         self._kept: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]] = []
+        self._log: IterationLog | None = None
+        self._kept_log: list[IterationLog] = []
+
+    def record_iterations(self) -> None:
+        """Keep what every iteration does, from the next one on; takes 72 bytes each."""
+        self._log = empty_log(_LOG_ENTRIES)
 
     @property
     def iterations(self) -> int:
@@ -140,10 +158,10 @@ class Run:
         stop = self.iterations + max_iterations
         done = False
         while not done and self.iterations < stop:
-            done = bool(
-                advance(self.state, self.limits, self.cost, self._gaps, stop - self.iterations)
-            )
+            left = stop - self.iterations
+            done = bool(advance(self.state, self.limits, self.cost, self._gaps, left, self._log))
             self._drain_gaps()
+            self._drain_log()
         return done
 
     def finish(self) -> RunResult:
@@ -172,6 +190,9 @@ class Run:
         if self._gaps.gap_s.size:
             gap_s, tokens = zip(*self._kept, strict=True)
             gaps = (np.concatenate(gap_s), np.concatenate(tokens))
+        log = None
+        if self._log is not None:
+            log = iterations_of(self._kept_log, self.state, self.limits)
         arrival_s, first_s, finish_s = (
             np.ascontiguousarray(time_s[:, column]) for column in (ARRIVAL, FIRST_TOKEN, FINISH)
         )
@@ -185,6 +206,9 @@ class Run:
             preemptions=int(request[:, PREEMPTIONS].sum()),
             usage=self.usage(),
             gaps=gaps,
+            replica=request[:, REPLICA].copy(),
+            preempted=request[:, PREEMPTIONS].copy(),
+            log=log,
         )
 
     def _drain_gaps(self) -> None:
@@ -192,6 +216,13 @@ class Run:
         if self._gaps.gap_s.size:
             self._kept.append((self._gaps.gap_s[:used].copy(), self._gaps.tokens[:used].copy()))
             self._gaps.used[0] = 0
+
+    def _drain_log(self) -> None:
+        if self._log is not None:
+            used = int(self._log.used[0])
+            times_s, counts = self._log.times_s[:used].copy(), self._log.counts[:used].copy()
+            self._kept_log.append(IterationLog(times_s, counts, self._log.used.copy()))
+            self._log.used[0] = 0
 
 
 def _check(workload: Workload, limits: Limits, cost: IterationCost) -> None:

@@ -1,20 +1,28 @@
-"""Writing a report where the user asked for it: whole, or not at all."""
+"""Writing a file where the user asked for it: whole, or not at all."""
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from planner.errors import NO_VALUE, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STDOUT = "-"
 """Target that means standard output."""
 
+JSON = "--json"
+"""Option that says where a report goes."""
 
-def check_target(target: str | None) -> None:
+
+def check_target(target: str | None, option: str = JSON) -> None:
     """Refuse a target that cannot be written, before any work is done for it.
 
     Raises
@@ -26,17 +34,15 @@ def check_target(target: str | None) -> None:
         return
     path = Path(target)
     if path.is_dir():
-        raise _cannot(target, "Is a directory")
+        raise _cannot(target, option, "Is a directory")
     if not path.parent.is_dir():
-        raise _cannot(target, "No such directory")
-    if not os.access(path if _is_special(path) else path.parent, os.W_OK):
-        raise _cannot(target, "Permission denied")
+        raise _cannot(target, option, "No such directory")
+    if not os.access(path if is_special(path) else path.parent, os.W_OK):
+        raise _cannot(target, option, "Permission denied")
 
 
 def deliver(text: str, target: str | None) -> None:
     """Write ``text`` to ``target``: a path, ``-`` for standard output, or ``None`` for nowhere.
-
-    A regular file is replaced in one step; a pipe or device is written to as it is.
 
     Raises
     ------
@@ -48,24 +54,44 @@ def deliver(text: str, target: str | None) -> None:
     if target == STDOUT:
         sys.stdout.write(text)
         return
+    deliver_file(target, JSON, lambda file: file.write(text.encode()))
+
+
+def deliver_file(target: str, option: str, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill the file ``target`` that ``option`` names.
+
+    A regular file is replaced in one step, at the end; a pipe or device is written to as it is.
+
+    Raises
+    ------
+    InputError
+        When it cannot be written; what was there before is then untouched.
+    """
     path = Path(target)
     try:
-        if _is_special(path):
-            path.write_text(text, encoding="utf-8")
+        if is_special(path):
+            content = io.BytesIO()  # a pipe cannot seek, and is to get all or nothing
+            write(content)
+            path.write_bytes(content.getvalue())
         else:
-            _replace(path, text)
+            _replace(path, write)
     except OSError as error:
-        raise _cannot(target, error.strerror or str(error)) from None
+        raise _cannot(target, option, error.strerror or str(error)) from None
 
 
-def _replace(path: Path, text: str) -> None:
+def is_special(path: Path) -> bool:
+    """Whether a pipe or a device is there, which must never be replaced."""
+    return path.exists() and not path.is_file()
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            write(file)
         os.chmod(temporary, _mode(path))
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
@@ -79,11 +105,7 @@ def _mode(path: Path) -> int:
     return 0o666 & ~mask
 
 
-def _is_special(path: Path) -> bool:
-    return path.exists() and not path.is_file()
-
-
-def _cannot(target: str, reason: str) -> InputError:
+def _cannot(target: str, option: str, reason: str) -> InputError:
     return InputError(
-        source=f"--json {target}", field="", value=NO_VALUE, rule=f"cannot be written ({reason})"
+        source=f"{option} {target}", field="", value=NO_VALUE, rule=f"cannot be written ({reason})"
     )

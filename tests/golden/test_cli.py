@@ -6,6 +6,7 @@ terminal, traceback at exit) runs in a new one.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -260,6 +261,72 @@ def test_simulate(cli: Cli, tmp_path: Path) -> None:
     assert code == 0
     assert out.startswith("simulated 2xtp1:seqs=8,tokens=512")
     assert "breaks slo.ttft_ms.p99" in out
+
+
+RUN_FILES = ("--requests", "r.csv", "--series", "s.csv", "--timeline", "t.json.gz")
+
+
+def test_simulate_writes_its_files_the_same_in_every_process(tmp_path: Path) -> None:
+    """A row per request and per iteration, a timeline; neither hash seed nor folder shows."""
+    path = write(tmp_path)
+    found = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        files = [str(folder / f) if "." in f else f for f in RUN_FILES]
+        plan = ("--plan", "2xtp1:seqs=4,tokens=64")
+        run = process("simulate", path, *plan, "--json", "-", *files, PYTHONHASHSEED=seed)
+        assert (run.returncode, run.stderr) == (0, "")
+        found.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert found[0] == found[1]
+    assert sorted(found[0]) == ["r.csv", "s.csv", "t.json.gz"]
+    metrics = json.loads(run.stdout)["metrics"]
+    requests, series = (found[0][f].decode().splitlines() for f in ("r.csv", "s.csv"))
+    assert len(requests) == 1 + metrics["completed"]
+    assert len(series) == 1 + metrics["iterations"]
+    assert gzip.decompress(found[0]["t.json.gz"]).count(b'"ph":"X"') == metrics["iterations"]
+
+
+def test_a_series_of_so_many_rows(cli: Cli, tmp_path: Path) -> None:
+    """``--series-rows`` thins the file; alone, or below 1, it is refused."""
+    args = ("simulate", write(tmp_path), "--plan", "tp1:seqs=4,tokens=64", "--series-rows")
+    target = tmp_path / "s.csv"
+    assert cli(*args, "7", "--series", str(target))[0] == 0
+    assert len(target.read_text().splitlines()) == 1 + 7
+    for more in (("0", "--series", str(target)), ("7",)):
+        code, out, err = cli(*args, *more)
+        assert (code, out) == (2, "")
+        assert "--series-rows" in one_line_error(err)
+
+
+@pytest.mark.parametrize("option", ["--requests", "--series", "--timeline"])
+def test_bad_targets_are_refused_before_the_simulation(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """A file that cannot be written: code 2, the option and why, and nothing was simulated."""
+    monkeypatch.setattr(planner.api, "resolve", None)  # a call would be a bug of ours, code 1
+    monkeypatch.chdir(tmp_path)
+    args = ("simulate", write(tmp_path), "--plan", "tp1", option)
+    for target, message in (
+        ("missing/file", "cannot be written (No such directory)"),
+        (".", "cannot be written (Is a directory)"),
+        ("-", "must be a file; only --json can be standard output"),
+    ):
+        code, out, err = cli(*args, target)
+        assert (code, out) == (2, "")
+        assert one_line_error(err) == f"planner: error: {option} {target}: {message}\n"
+    code, _, err = cli(*args, "out", "--json", "out")
+    assert code == 2
+    assert one_line_error(err) == f"planner: error: {option} out: is the file of --json too\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["scenario.yaml"]
+
+
+def test_a_refused_plan_leaves_no_files(cli: Cli, tmp_path: Path) -> None:
+    """Files are written only once the run is over."""
+    target = tmp_path / "r.csv"
+    code, _, _ = cli("simulate", write(tmp_path), "--plan", "tp3", "--requests", str(target))
+    assert code == 2
+    assert not target.exists()
 
 
 def test_json_goes_to_a_file_whole(cli: Cli, tmp_path: Path) -> None:
