@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from planner import __version__
 from planner.errors import InputError
@@ -21,9 +17,9 @@ from planner.io.devices import (
 from planner.io.engines import load_engine
 from planner.io.hf_config import read_model
 from planner.io.profiles import kernel_table_digest
-from planner.io.traces import read_trace, rescale
 from planner.objective import Constraint, Objective
 from planner.problem import Problem, SearchLimits, SearchSpace
+from planner.requests import digest_of, requests_of
 from planner.topology import pool_fabric
 from simulator.cost import CostCompiler
 from simulator.engine_rules import HostConstants
@@ -32,17 +28,12 @@ from simulator.plan import BatchingLimits
 from simulator.precision import PRECISIONS
 from simulator.units import MS_PER_S
 from simulator.weights import layer_weights
-from simulator.workload import Workload, poisson_arrivals_s, uniform_lengths
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from planner.scenario import Scenario
     from planner.scenario_sections import PoolSpec
     from simulator.device import Device
     from simulator.model import ModelShape
-
-    Ints = npt.NDArray[np.int64]
 
 SEMANTICS_VERSION = 1
 """Version of what a simulated run means; figures of different versions do not compare."""
@@ -83,7 +74,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
     )
     defaults = engine.default_limits(device)
     space = _space(scenario)
-    workload, digest, warnings = _workload(scenario, max_model_len)
+    workload, digest, warnings = requests_of(scenario, max_model_len)
     warnings.extend(device_warnings(device.name))
     warnings.extend(engine.warnings)
     notes = engine.precision_notes
@@ -144,7 +135,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         provenance={
             "planner": __version__,
             "semantics": SEMANTICS_VERSION,
-            "scenario": _digest(scenario.model_dump(mode="json")),
+            "scenario": digest_of(scenario.model_dump(mode="json")),
             "workload": digest,
             "kernel_table": {
                 "device": measured,
@@ -248,70 +239,6 @@ def _read_model(scenario: Scenario, *, weight_dtype: str | None) -> ModelShape:
     )
 
 
-def _workload(scenario: Scenario, max_model_len: int) -> tuple[Workload, str, list[str]]:
-    """The requests, a digest of where they come from, and what a reader must know of them."""
-    spec, seed = scenario.workload, scenario.search.seed
-    warnings: list[str] = []
-    if spec.trace is not None:
-        trace = read_trace(
-            scenario.find(spec.trace), source=spec.trace, num_requests=spec.num_requests
-        )
-        prompt, output, arrival = trace.prompt_tokens, trace.output_tokens, trace.arrival_s
-        skipped = sum(trace.rows_skipped.values())
-        if skipped:
-            reasons = ", ".join(f"{n} with {why}" for why, n in sorted(trace.rows_skipped.items()))
-            warnings.append(f"trace: {skipped} of {trace.rows_read} rows skipped ({reasons})")
-        digest = trace.sha256
-    else:
-        prompt, output = _drawn_lengths(scenario)
-        arrival = np.zeros(len(prompt))
-        digest = _digest([spec.model_dump(mode="json"), seed])
-    mode = spec.arrival_mode
-    if mode in ("closed_loop", "all_at_once"):
-        arrival = np.zeros(len(prompt))
-    elif mode == "poisson" and spec.request_rate is not None:
-        arrival = poisson_arrivals_s(len(prompt), spec.request_rate, seed)
-    elif spec.request_rate is not None:
-        arrival = rescale(arrival, spec.request_rate, source=spec.trace or scenario.source)
-    _check_lengths(scenario, prompt, max_model_len)
-    room = max_model_len - prompt
-    cut = int((output > room).sum())
-    if cut:
-        warnings.append(
-            f"{cut} of {len(prompt)} outputs are cut: prompt and output exceed max_model_len "
-            f"({max_model_len}), where the engine stops generating"
-        )
-    workload = Workload(arrival, prompt, np.minimum(output, room), spec.concurrency or 0)
-    return workload, digest, warnings
-
-
-def _drawn_lengths(scenario: Scenario) -> tuple[Ints, Ints]:
-    spec = scenario.workload
-    if spec.input_tokens is None or spec.output_tokens is None or spec.num_requests is None:
-        raise AssertionError("the scenario's own checks require lengths without a trace")
-    rng = np.random.default_rng(scenario.search.seed)
-    prompt = uniform_lengths(spec.num_requests, spec.input_tokens.min, spec.input_tokens.max, rng)
-    output = uniform_lengths(spec.num_requests, spec.output_tokens.min, spec.output_tokens.max, rng)
-    return prompt, output
-
-
-def _check_lengths(scenario: Scenario, prompt: Ints, max_model_len: int) -> None:
-    """Refuse a prompt that leaves no room for a token: the engine rejects such a request."""
-    if int(prompt.max()) < max_model_len:
-        return
-    request = int(np.argmax(prompt >= max_model_len))
-    field = "workload.trace" if scenario.workload.trace else "workload.input_tokens"
-    raise InputError(
-        source=scenario.source,
-        field=field,
-        value=int(prompt[request]),
-        rule=(
-            f"prompt tokens of request {request + 1} must be below max_model_len "
-            f"({max_model_len}): raise model.max_model_len or leave the request out"
-        ),
-    )
-
-
 def _constraints(scenario: Scenario) -> tuple[Constraint, ...]:
     if scenario.slo is None:
         return ()
@@ -331,8 +258,3 @@ def _goodput_limits_s(scenario: Scenario) -> dict[str, float]:
         for name, limit_ms in scenario.goodput
         if limit_ms is not None
     }
-
-
-def _digest(data: object) -> str:
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -28,7 +28,6 @@ from planner.scenario_sections import (
     ClusterSpec,
     EngineSpec,
     GoodputSpec,
-    LengthRange,
     Limits,
     ModelSpec,
     ObjectiveSpec,
@@ -37,8 +36,8 @@ from planner.scenario_sections import (
     Section,
     SloSpec,
     SpaceSpec,
-    WorkloadSpec,
 )
+from planner.scenario_workload import LengthRange, LognormalLength, WorkloadSpec
 
 SCHEMA_VERSIONS = (1,)
 """Versions of the scenario format that this planner reads."""
@@ -49,6 +48,7 @@ __all__ = [
     "GoodputSpec",
     "LengthRange",
     "Limits",
+    "LognormalLength",
     "ModelSpec",
     "ObjectiveSpec",
     "PoolSpec",

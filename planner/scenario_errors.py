@@ -35,6 +35,10 @@ _WRITTEN_SUFFIX: Final = re.compile(
 
 _NUMBER_WITH_UNIT: Final = re.compile(r"^[^\w.+-]*\s*[-+]?(\d[\d_,]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
+RANGE_TAG: Final = "<LengthRange>"
+LOGNORMAL_TAG: Final = "<LognormalLength>"
+"""What pydantic adds to a location for the model of a union that it chose, by the model's name."""
+
 _INPUT_SHOWN: Final = (str, int, float, bool)
 
 
@@ -95,7 +99,7 @@ def _dotted(loc: Sequence[int | str]) -> str:
     """``cluster.pools[0].nodes`` for a location of pydantic's."""
     text = ""
     for part in loc:
-        if part != "[key]":
+        if part != "[key]" and not _is_tag(part):
             text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
 
@@ -240,30 +244,37 @@ def _same_stem(name: str, fields: Sequence[str]) -> str | None:
 
 def _paths_of(name: str, root: type[BaseModel], prefix: str = "") -> list[str]:
     """Every place in the scenario where a field is called ``name``."""
-    found = []
+    found: list[str] = []
     for field, info in root.model_fields.items():
         path = f"{prefix}.{field}" if prefix else field
         if field == name:
             found.append(path)
-        section = _model_in(info.annotation)
-        if section is not None:
-            found += _paths_of(name, section, path)
+        for section in _models_in(info.annotation):
+            found += (p for p in _paths_of(name, section, path) if p not in found)
     return found
 
 
 def _section(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     """Names of the fields of the section at ``loc``; empty where it is no section."""
     section: type[BaseModel] | None = root
+    models: list[type[BaseModel]] = []
     for part in loc:
-        if isinstance(part, str) and section is not None:
+        if _is_tag(part):
+            section = next(model for model in models if f"<{model.__name__}>" == part)
+        elif isinstance(part, str) and section is not None:
             info = section.model_fields.get(part)
-            section = _model_in(info.annotation) if info is not None else None
+            models = _models_in(info.annotation) if info is not None else []
+            section = models[0] if models else None
     return list(section.model_fields) if section is not None else []
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The one model inside an annotation such as ``tuple[PoolSpec, ...]`` or ``X | None``."""
+def _is_tag(part: int | str) -> bool:
+    """Whether a part of a location names one model of a union, and no field."""
+    return part in (RANGE_TAG, LOGNORMAL_TAG)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every model inside an annotation such as ``tuple[PoolSpec, ...]`` or ``X | None``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    inner = (_model_in(a) for a in typing.get_args(annotation))
-    return next((model for model in inner if model is not None), None)
+        return [annotation]
+    return [model for a in typing.get_args(annotation) for model in _models_in(a)]

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from planner.scenario_errors import refuse
 
 MAX_INT = 2**31 - 1
 """Largest count or token number: what the solver's and numpy's 32-bit fields can hold."""
 
-MAX_REQUESTS = 10_000_000
-"""Largest workload, requests: beyond it a simulation no longer fits in memory."""
-
 Count = Annotated[int, Field(strict=True, gt=0, le=MAX_INT)]
 PositiveFloat = Annotated[float, Field(strict=True, gt=0, le=1e12, allow_inf_nan=False)]
-
-
-def _check_rate(rate: float) -> float:
-    if rate < 1e-6:
-        refuse("must be at least 1e-06 requests per second, one request in 11 days")
-    return rate
 
 
 def _check_values(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -43,7 +26,6 @@ def _check_values(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Values = Annotated[tuple[Count, ...], AfterValidator(_check_values)]
-Rate = Annotated[PositiveFloat, AfterValidator(_check_rate)]
 
 
 class Section(BaseModel):
@@ -142,114 +124,6 @@ class EngineSpec(Section):
                 value=tokens,
             )
         return self
-
-
-class LengthRange(Section):
-    """Uniform distribution of a length, tokens, both ends included."""
-
-    min: Count
-    """Shortest, tokens."""
-    max: Count
-    """Longest, tokens."""
-
-    @model_validator(mode="after")
-    def _check(self) -> LengthRange:
-        if self.min > self.max:
-            refuse(f"must not be above max ({self.max})", at="min", value=self.min)
-        return self
-
-
-def _spread(value: Any) -> Any:
-    """Read a plain number as the range that holds only it."""
-    if isinstance(value, (dict, LengthRange)):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_INT:
-        return {"min": value, "max": value}
-    return refuse("must be a whole number of tokens greater than 0, or {min: ..., max: ...}")
-
-
-Length = Annotated[
-    LengthRange,
-    BeforeValidator(_spread),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 1},
-                {
-                    "type": "object",
-                    "properties": {k: {"type": "integer", "minimum": 1} for k in ("min", "max")},
-                    "required": ["min", "max"],
-                    "additionalProperties": False,
-                },
-            ]
-        }
-    ),
-]
-
-ArrivalMode = Literal["trace", "poisson", "closed_loop", "all_at_once"]
-
-
-class WorkloadSpec(Section):
-    """The requests to serve: their lengths, and when they arrive."""
-
-    trace: Annotated[str, Field(min_length=1)] | None = None
-    """Path of a trace; gives lengths, and arrival times unless stated otherwise here."""
-    input_tokens: Length | None = None
-    """Prompt length, tokens, in place of a trace."""
-    output_tokens: Length | None = None
-    """Output length, tokens, in place of a trace."""
-    num_requests: Annotated[int, Field(strict=True, gt=0, le=MAX_REQUESTS)] | None = None
-    """Requests to draw, or to take from the start of the trace (``None``: all of it)."""
-    request_rate: Rate | None = None
-    """Mean arrivals per second; with a trace's own arrivals: rescales them, bursts kept."""
-    arrival: Literal["poisson", "all_at_once"] | None = None
-    """Arrival process in place of the trace's own times."""
-    concurrency: Count | None = None
-    """Closed loop: this many requests in flight, the next sent as one completes."""
-
-    @property
-    def arrival_mode(self) -> ArrivalMode:
-        """How requests arrive, one word for the four combinations of fields."""
-        if self.concurrency is not None:
-            return "closed_loop"
-        return self.arrival or "trace"
-
-    @model_validator(mode="after")
-    def _check(self) -> WorkloadSpec:
-        self._check_lengths()
-        if self.concurrency is not None and self.arrival is not None:
-            refuse(
-                "cannot be combined with arrival: a closed loop sends on completion",
-                at="concurrency",
-                value=self.concurrency,
-            )
-        mode = self.arrival_mode
-        if mode in ("closed_loop", "all_at_once") and self.request_rate is not None:
-            other = "concurrency" if mode == "closed_loop" else "arrival: all_at_once"
-            refuse(
-                f"cannot be combined with {other}, which fixes when requests are sent",
-                at="request_rate",
-                value=self.request_rate,
-            )
-        if mode == "poisson" and self.request_rate is None:
-            refuse("is required with arrival: poisson (requests per second)", at="request_rate")
-        return self
-
-    def _check_lengths(self) -> None:
-        drawn = [n for n in ("input_tokens", "output_tokens") if getattr(self, n) is not None]
-        if self.trace is not None and drawn:
-            refuse(f"cannot be combined with {drawn[0]}: give one", at="trace", value=self.trace)
-        if self.trace is None:
-            if not drawn:
-                refuse("needs lengths: give trace, or input_tokens and output_tokens")
-            for name in ("input_tokens", "output_tokens", "num_requests"):
-                if getattr(self, name) is None:
-                    refuse("is required where lengths are not from a trace", at=name)
-            if self.arrival is None and self.concurrency is None:
-                refuse(
-                    "does not say when requests arrive: add arrival: poisson with request_rate, "
-                    "arrival: all_at_once, or concurrency"
-                )
 
 
 class Limits(Section):

@@ -1,37 +1,49 @@
-"""Request traces: when requests arrived, and how long prompts and outputs were."""
+"""Request traces: when requests arrived, and how long prompts and outputs were.
+
+One function reads them all; what a file is, its first line says.
+
+=============  ==================================================================  ==========
+format         columns or keys                                                     time
+=============  ==================================================================  ==========
+plain          CSV or Parquet ``arrival_s,prompt_tokens,output_tokens``            s
+azure          CSV ``TIMESTAMP,ContextTokens,GeneratedTokens`` (2023, 2024)        date, UTC
+burstgpt       CSV ``Timestamp,...,Request tokens,Response tokens,...``            s
+mooncake       JSON lines ``timestamp,input_length,output_length``                 ms
+apex           JSON lines ``StartTimeOffset,ContextTokens,GeneratedTokens``        ns
+llmservingsim  JSON lines ``arrival_time_ns,input_toks,output_toks``               ns
+sharegpt       JSON array with token counts (:mod:`planner.io.trace_json`)         none
+=============  ==================================================================  ==========
+
+ServeGen's files hold rates and no requests: :func:`planner.io.trace_rates.read_rates`.
+"""
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from planner.errors import NO_VALUE, InputError
-from planner.io.yaml_file import decode, read_bytes
+from planner.io.trace_csv import KNOWN_HEADERS, csv_batches, read_header
+from planner.io.trace_file import MAX_ROWS, TraceFile
+from planner.io.trace_json import jsonl_batches, read_keys, sharegpt_batches
+from planner.io.trace_parquet import PARQUET_MAGIC, parquet_batches
+from planner.io.trace_rates import is_rates
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from planner.io.trace_file import Batch
+
 ZERO_OUTPUT: Final = "zero output tokens"
 """Why a row is skipped: the request failed, or was never answered."""
 
-_FORMATS: Final = {
-    ("TIMESTAMP", "ContextTokens", "GeneratedTokens"): "azure",
-    ("arrival_s", "prompt_tokens", "output_tokens"): "plain",
-}
-"""Name of each known format by its header."""
-
-_MAX_TOKENS: Final = 2**31 - 1
-
-_DATE_TIME: Final = r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?"
-_TIMESTAMP: Final = re.compile(rf"({_DATE_TIME})(?:\+00:00|Z)?", re.ASCII)
-_TIMESTAMP_COLUMN: Final = re.compile(rf"{_DATE_TIME}(?:\n{_DATE_TIME})*", re.ASCII)
+ZERO_PROMPT: Final = "zero prompt tokens"
+"""Why a row of a published log is skipped: no engine serves it."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +61,13 @@ class RawTrace:
     rows_skipped
         Rows left out, by reason.
     format
-        ``azure`` or ``plain``.
+        As in the table of this module.
     sha256
         Hex digest of the file's bytes.
     source
         Name of the trace in error messages.
+    has_arrivals
+        Whether the file says when requests arrived; without, ``arrival_s`` is zero.
 
     """
 
@@ -65,19 +79,24 @@ class RawTrace:
     format: str = "plain"
     sha256: str = ""
     source: str = "<trace>"
+    has_arrivals: bool = True
 
     def __len__(self) -> int:
         return len(self.arrival_s)
 
 
 def read_trace(path: Path, *, source: str, num_requests: int | None = None) -> RawTrace:
-    """Read a trace; its format is known by its header.
+    """Read a trace of any format in the table above.
+
+    Rows that say zero output tokens are skipped and counted; so are rows with zero prompt tokens,
+    except in a plain trace, which its author can mend. One core reads 0.3 to 0.6 M rows of
+    CSV a second, 0.2 M of Mooncake with its hashes and 1.5 M of Parquet (files of 1 M rows); the
+    peak is 160 to 250 MiB, of which 48 bytes are for each row kept.
 
     Parameters
     ----------
     path
-        CSV file, either ``TIMESTAMP,ContextTokens,GeneratedTokens`` (Azure: date and time with
-        up to nine digits of a second) or ``arrival_s,prompt_tokens,output_tokens``.
+        The file.
     source
         Name of the trace in error messages.
     num_requests
@@ -87,34 +106,107 @@ def read_trace(path: Path, *, source: str, num_requests: int | None = None) -> R
     Raises
     ------
     InputError
-        When the file cannot be read, its header is unknown, a row breaks a rule (with its line),
+        When the file cannot be read, its format is unknown, a row breaks a rule (with its line),
         or there are fewer usable requests than asked for.
 
     """
-    data = read_bytes(path, source=source)
-    table = _Table(decode(data, source=source), source)
-    arrival_s = table.timestamps() if table.format == "azure" else table.seconds()
-    table.check_sorted(arrival_s)
-    prompt_tokens = table.tokens(1, at_least=1)
-    output_tokens = table.tokens(2, at_least=0)
-    kept = output_tokens > 0
-    skipped = len(kept) - int(kept.sum())
-    usable = np.flatnonzero(kept)[:num_requests]
-    if len(usable) == 0:
-        raise table.error("", "holds no request with output tokens")
-    if num_requests is not None and len(usable) < num_requests:
-        rule = f"requests were asked for (workload.num_requests), but the trace has {len(usable)}"
-        raise table.error("", rule, num_requests)
-    return RawTrace(
-        arrival_s=_read_only(arrival_s[usable] - arrival_s[0]),
-        prompt_tokens=_read_only(prompt_tokens[usable]),
-        output_tokens=_read_only(output_tokens[usable]),
-        rows_read=len(kept),
-        rows_skipped={ZERO_OUTPUT: skipped} if skipped else {},
-        format=table.format,
-        sha256=hashlib.sha256(data).hexdigest(),
-        source=source,
-    )
+    file = TraceFile(path, source)
+    name, units_per_s, batches = _open(file)
+    rows = _Rows(file, name, units_per_s)
+    for batch in batches:
+        rows.add(batch)
+    return rows.trace(num_requests)
+
+
+def _open(file: TraceFile) -> tuple[str, int, Iterator[Batch]]:
+    """Format of the file, units of its time in a second, and its rows."""
+    if file.magic == PARQUET_MAGIC:
+        return "plain", 1, parquet_batches(file)
+    number, line = file.first_line()
+    if not line:
+        raise file.error("", f"is empty; a trace starts with the header {KNOWN_HEADERS}")
+    if line.lstrip().startswith("["):
+        return "sharegpt", 1, sharegpt_batches(file)
+    if line.lstrip().startswith("{"):
+        keys = read_keys(line, number, file)
+        return keys.format, keys.units_per_s, jsonl_batches(file, keys)
+    if is_rates(line):
+        rule = (
+            "holds arrival rates and no requests: name it as workload.rates, with input_tokens "
+            "and output_tokens"
+        )
+        raise file.error("", rule)
+    layout = read_header(line, number, file)
+    return layout.format, layout.units_per_s, csv_batches(file, layout)
+
+
+class _Rows:
+    """Rows gathered batch by batch, and checked across them."""
+
+    def __init__(self, file: TraceFile, name: str, units_per_s: int) -> None:
+        self.file = file
+        self.format = name
+        self.units_per_s = units_per_s
+        self.first_time: Any = None
+        self.last_s = 0.0
+        self.rows_read = 0
+        self.skipped = {ZERO_PROMPT: 0, ZERO_OUTPUT: 0}
+        self.kept: list[tuple[NDArray[Any], ...]] = []
+
+    def add(self, batch: Batch) -> None:
+        """Check order and emptiness of some rows, and keep those that a run can use."""
+        if len(batch.time) == 0:
+            return
+        if self.first_time is None:
+            self.first_time = batch.time[0]
+        # Subtracted before it is divided: nanoseconds since 1970 do not fit a float64.
+        arrival_s = (batch.time - self.first_time) / self.units_per_s
+        backwards = np.diff(arrival_s, prepend=self.last_s) < 0
+        if backwards.any():
+            rule = "is before the row above: sort the trace"
+            raise batch.where(int(backwards.argmax()), 0, rule)
+        self.last_s = float(arrival_s[-1])
+        self.rows_read += len(arrival_s)
+        if self.rows_read > MAX_ROWS:
+            rule = f"has more than {MAX_ROWS:,} rows, the most that one run holds: cut it"
+            raise self.file.error("", rule)
+        no_prompt, no_output = batch.prompt_tokens == 0, batch.output_tokens == 0
+        if self.format == "plain" and no_prompt.any():
+            raise batch.where(int(no_prompt.argmax()), 1, "must be at least 1")
+        self.skipped[ZERO_OUTPUT] += int(no_output.sum())
+        self.skipped[ZERO_PROMPT] += int((no_prompt & ~no_output).sum())
+        usable = ~(no_prompt | no_output)
+        self.kept.append(
+            (arrival_s[usable], batch.prompt_tokens[usable], batch.output_tokens[usable])
+        )
+
+    def trace(self, num_requests: int | None) -> RawTrace:
+        """The rows as a trace of the first ``num_requests`` usable ones."""
+        if not self.rows_read:
+            what = "a header and no rows" if self.format != "sharegpt" else "no conversation"
+            raise self.file.error("", f"holds {what}")
+        arrival_s, prompt, output = (
+            np.concatenate(c)[:num_requests] for c in zip(*self.kept, strict=True)
+        )
+        if len(arrival_s) == 0:
+            raise self.file.error("", "holds no request with output tokens")
+        if num_requests is not None and len(arrival_s) < num_requests:
+            rule = (
+                "requests were asked for (workload.num_requests), but the trace has "
+                f"{len(arrival_s)}"
+            )
+            raise self.file.error("", rule, num_requests)
+        return RawTrace(
+            arrival_s=_read_only(arrival_s),
+            prompt_tokens=_read_only(prompt),
+            output_tokens=_read_only(output),
+            rows_read=self.rows_read,
+            rows_skipped={why: n for why, n in self.skipped.items() if n},
+            format=self.format,
+            sha256=self.file.sha256,
+            source=self.file.source,
+            has_arrivals=self.format != "sharegpt",
+        )
 
 
 def rescale(
@@ -159,140 +251,3 @@ def _read_only(array: NDArray[Any]) -> NDArray[Any]:
     """``array`` itself, closed to writing."""
     array.setflags(write=False)
     return array
-
-
-class _Table:
-    """Columns of a trace file as text, with the lines that they stand on.
-
-    Parameters
-    ----------
-    text
-        The whole file.
-    source
-        Its name in error messages.
-
-    """
-
-    def __init__(self, text: str, source: str) -> None:
-        self.source = source
-        try:
-            rows = list(csv.reader(text.split("\n")))
-        except csv.Error as error:
-            raise self.error("", f"CSV: {error}") from None
-        # A trace without blank lines, the common case, needs no list of line numbers.
-        lines = range(1, len(rows) + 1) if all(rows) else _numbers_of_filled(rows)
-        rows = rows if all(rows) else list(filter(None, rows))
-        known = " or ".join(",".join(header) for header in _FORMATS)
-        if not rows:
-            raise self.error("", f"is empty; a trace starts with the header {known}")
-        header = tuple(cell.strip() for cell in rows[0])
-        if header not in _FORMATS:
-            rule = f"is not a known header; known: {known}"
-            raise self.error(f"line {lines[0]}", rule, ",".join(header))
-        if len(rows) == 1:
-            raise self.error("", "holds a header and no rows")
-        widths = list(map(len, rows))
-        if widths.count(len(header)) != len(rows):
-            row = next(i for i, width in enumerate(widths) if width != len(header))
-            rule = f"has {widths[row]} columns in place of {len(header)}"
-            raise self.error(f"line {lines[row]}", rule)
-        self.header = header
-        self.format = _FORMATS[header]
-        self.lines = lines[1:]
-        self.columns = list(zip(*rows[1:], strict=True))
-
-    def error(self, where: str, rule: str, value: object = NO_VALUE) -> InputError:
-        """Error about the file or a place in it."""
-        return InputError(source=self.source, field=where, value=value, rule=rule)
-
-    def cell_error(self, row: int, column: int, rule: str) -> InputError:
-        """Error about one cell, by its row in the columns."""
-        where = f"line {self.lines[row]}, {self.header[column]}"
-        return self.error(where, rule, self.columns[column][row])
-
-    def tokens(self, column: int, *, at_least: int) -> NDArray[np.int64]:
-        """Column of whole token counts."""
-        cells = self.columns[column]
-        try:
-            # int() alone would also take "1_000" and other alphabets' digits.
-            plain = all(map(str.isdigit, cells)) and all(map(str.isascii, cells))
-            values = np.array(list(map(int, cells)) if plain else [], dtype=np.int64)
-        except (ValueError, OverflowError):
-            values = np.empty(0, dtype=np.int64)
-        if len(values) != len(cells):
-            row = next(i for i, c in enumerate(cells) if not re.fullmatch(r"\d{1,10}", c, re.ASCII))
-            rule = (
-                "must not be negative"
-                if cells[row].strip().startswith("-")
-                else ("must be a whole number of tokens")
-            )
-            raise self.cell_error(row, column, rule)
-        for bad, rule in (
-            (values < at_least, f"must be at least {at_least}"),
-            (values > _MAX_TOKENS, f"must be at most {_MAX_TOKENS}"),
-        ):
-            if bad.any():
-                raise self.cell_error(int(bad.argmax()), column, rule)
-        return values
-
-    def seconds(self) -> NDArray[np.float64]:
-        """First column as seconds."""
-        cells = self.columns[0]
-        try:
-            values = np.array(list(map(float, cells)))
-        except ValueError:
-            row = next(i for i, cell in enumerate(cells) if not _is_float(cell))
-            raise self.cell_error(row, 0, "must be a number of seconds") from None
-        bad = ~(np.abs(values) <= 1e12)  # also true for NaN
-        if bad.any():
-            rule = "must be a finite number of seconds"
-            raise self.cell_error(int(bad.argmax()), 0, rule)
-        return values
-
-    def timestamps(self) -> NDArray[np.float64]:
-        """First column as seconds after its first row, exact to a nanosecond before rounding."""
-        cells = self.columns[0]
-        rule = "must be a UTC date and time such as 2023-11-16 18:15:46.6805900"
-        texts = list(cells)
-        # One match over the whole column is several times faster than one per cell.
-        if not _TIMESTAMP_COLUMN.fullmatch("\n".join(cells)):
-            for row, cell in enumerate(cells):
-                match = _TIMESTAMP.fullmatch(cell)
-                if match is None:
-                    raise self.cell_error(row, 0, rule)
-                texts[row] = match[1]
-        try:
-            stamps_ns = np.array(texts, dtype="datetime64[ns]").astype(np.int64)
-        except ValueError:  # such as a month 13
-            row = next(i for i, text in enumerate(texts) if not _is_date(text))
-            raise self.cell_error(row, 0, rule) from None
-        return np.asarray((stamps_ns - stamps_ns[0]) / 1e9)
-
-    def check_sorted(self, arrival_s: NDArray[np.float64]) -> None:
-        """Refuse rows that arrive before the row above them."""
-        backwards = np.flatnonzero(np.diff(arrival_s) < 0)
-        if len(backwards):
-            raise self.cell_error(
-                int(backwards[0]) + 1, 0, "is before the row above: sort the trace"
-            )
-
-
-def _numbers_of_filled(rows: list[list[str]]) -> list[int]:
-    """Line numbers, from 1, of the rows that hold something."""
-    return [number for number, row in enumerate(rows, 1) if row]
-
-
-def _is_float(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_date(text: str) -> bool:
-    try:
-        np.datetime64(text, "ns")
-    except ValueError:
-        return False
-    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from planner.errors import InputError
 from planner.io.hf_config import read_model
 from planner.io.models.families import FAMILIES
+from planner.io.trace_rates import read_rates
 from planner.io.traces import read_trace
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
 PLAIN = "arrival_s,prompt_tokens,output_tokens\n"
+BURSTGPT = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
 KNOWN = "TIMESTAMP,ContextTokens,GeneratedTokens or arrival_s,prompt_tokens,output_tokens"
 
 # (text of the file, message after "bad.csv")
@@ -51,6 +54,108 @@ TRACE_CASES = [
         ": line 3, TIMESTAMP: 'yesterday' must be a UTC date and time such as"
         " 2023-11-16 18:15:46.6805900",
     ),
+    (f'{PLAIN}0,1,1\n1,"1,1\n2,1,1\n', ": line 3: has a quote that is not closed"),
+    (f"{PLAIN}0,1,1\n1,1\n", ": line 3: has 2 columns in place of 3"),
+    (
+        f"{PLAIN}0,1,{'9' * 20}\n",
+        f": line 2, output_tokens: '{'9' * 20}' must be at most 2147483647",
+    ),
+    (
+        f"{BURSTGPT}5,ChatGPT,472,-18,490,Conversation log\n",
+        ": line 2, Response tokens: '-18' must not be negative",
+    ),
+    (
+        '{"timestamp": 5, "input_length": 9, "output_length": 3}\n{"timestamp": 4, "input_len',
+        ": line 2: JSON: Unterminated string starting at",
+    ),
+    (
+        '{"timestamp": 5, "input_length": 9, "output_length": 3}\n'
+        '{"timestamp": 4, "input_length": 9, "output_length": 3}\n',
+        ": line 2, timestamp: 4 is before the row above: sort the trace",
+    ),
+    (
+        '{"timestamp": 5, "input_length": 9, "output_length": 3}\n\n{"timestamp": 6}\n',
+        ": line 3, input_length: required key is missing",
+    ),
+    (
+        '{"timestamp": 5, "input_length": 9.5, "output_length": 3}',
+        ": line 1, input_length: 9.5 must be a whole number of tokens",
+    ),
+    (
+        '{"timestamp": NaN, "input_length": 9, "output_length": 3}',
+        ": line 1, timestamp: nan must be a finite number",
+    ),
+    (
+        '{"timestamp": "5", "input_length": 9, "output_length": 3}',
+        ": line 1, timestamp: '5' must be a number",
+    ),
+    (
+        '{"timestamp": 5, "input_length": -9, "output_length": 3}',
+        ": line 1, input_length: -9 must not be negative",
+    ),
+    (
+        '{"timestamp": 5, "input_length": 9}',
+        ": line 1: has no 'output_length', which a mooncake trace needs",
+    ),
+    (
+        '{"prompt": "Hello"}',
+        ": line 1: has the keys of no known trace; known: timestamp,input_length,output_length or"
+        " StartTimeOffset,ContextTokens,GeneratedTokens or"
+        " arrival_time_ns,input_toks,output_toks",
+    ),
+    ("[]", ": holds no conversation"),
+    ("[1]", ": item 1: must be an object with prompt_len and output_len, or with conversations"),
+    ('[{"prompt_len": 1,\n', ": line 1: JSON: Expecting property name enclosed in double quotes"),
+    (
+        '[{"conversations": [{"value": "Hello"}, {"value": "Hi"}]}]',
+        ": item 1: has text without token counts: add num_tokens to each turn, or write prompt_len"
+        " and output_len (counting needs the model's tokenizer)",
+    ),
+    (
+        "0,0.35,1.2,Gamma,0.7,3.9\n",
+        ": holds arrival rates and no requests: name it as workload.rates, with input_tokens and"
+        " output_tokens",
+    ),
+    (
+        "PAR1 and no more",
+        ": Parquet: Parquet magic bytes not found in footer. Either the file is corrupted or this"
+        " is not a parquet file.",
+    ),
+]
+
+# (text of a ServeGen file, message after "bad.csv")
+RATES_CASES = [
+    ("", ": is empty; it needs rows of arrival rates"),
+    (
+        "arrival_s,prompt_tokens,output_tokens\n",
+        ": line 1: is no file of arrival rates, whose rows are"
+        " start_s,rate,cv,distribution,shape,scale without a header",
+    ),
+    (
+        "0,0.35,1.2,Gamma,0.7,3.9\n",
+        ": needs two rows or more: a window ends where the next one starts",
+    ),
+    (
+        "0,0.35,1.2,Gamma,0.7,3.9\n0,0.35,1.2,Gamma,0.7,3.9\n",
+        ": line 2, start_s: '0' must be after the row above: sort the file",
+    ),
+    (
+        "0,0.35,1.2,Gamma,0.7,3.9\n600,-1,1.2,Gamma,0.7,3.9\n",
+        ": line 2, rate: '-1' must be a number from 0 to 1e+12",
+    ),
+    (
+        "0,0.35,1.2,Gamma,0.7,3.9\n600,1,1.2,Pareto,0.7,3.9\n",
+        ": line 2, distribution: 'Pareto' must be Gamma or Weibull",
+    ),
+    (
+        "0,0.35,1.2,Gamma,0.7,3.9\n600,1,1.2,Gamma,0,3.9\n",
+        ": line 2, shape: '0' must be a number from 0.01 to 10000",
+    ),
+    (
+        "0,0.35,1.2,Gamma,0.7,3.9\n600,1,1.2\n",
+        ": line 2: has 3 columns in place of 6",
+    ),
+    ("0,0,,,,\n600,0,,,,\n", ": holds no window with a rate above 0"),
 ]
 
 CONFIG = {
@@ -167,9 +272,48 @@ def assert_one_line(call: Callable[[], object], expected: str) -> None:
 @pytest.mark.parametrize(("content", "message"), TRACE_CASES)
 def test_bad_trace(tmp_path: Path, content: str, message: str) -> None:
     """A bad trace gets one line with the line number of its first bad row."""
+    if content.startswith("PAR1"):
+        pytest.importorskip("pyarrow")
     path = tmp_path / "bad.csv"
     path.write_bytes(content.encode())
     assert_one_line(lambda: read_trace(path, source="bad.csv"), f"bad.csv{message}")
+
+
+@pytest.mark.parametrize(("content", "message"), RATES_CASES)
+def test_bad_rates(tmp_path: Path, content: str, message: str) -> None:
+    """A bad file of rates gets one line too."""
+    path = tmp_path / "bad.csv"
+    path.write_text(content)
+    assert_one_line(lambda: read_rates(path, source="bad.csv"), f"bad.csv{message}")
+
+
+def test_trace_that_is_not_text(tmp_path: Path) -> None:
+    """The line of the first byte that is not UTF-8."""
+    path = tmp_path / "bad.csv"
+    path.write_bytes(PLAIN.encode() + b"0,1,1\n1,\xff,1\n")
+    expected = "bad.csv: line 3: is not UTF-8 text"
+    assert_one_line(lambda: read_trace(path, source="bad.csv"), expected)
+
+
+def test_trace_that_no_run_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is refused when the rows outgrow the limit, before the rest of it is read."""
+    monkeypatch.setattr("planner.io.traces.MAX_ROWS", 2)
+    path = tmp_path / "bad.csv"
+    path.write_text(f"{PLAIN}0,1,1\n0,1,1\n0,1,1\n")
+    expected = "bad.csv: has more than 2 rows, the most that one run holds: cut it"
+    assert_one_line(lambda: read_trace(path, source="bad.csv"), expected)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pyarrow is missing, the message names the extra that brings it."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = tmp_path / "bad.parquet"
+    path.write_bytes(b"PAR1")
+    expected = (
+        "bad.parquet: is Parquet, which needs pyarrow: pip install 'serveplan[parquet]', or save"
+        " as CSV"
+    )
+    assert_one_line(lambda: read_trace(path, source="bad.parquet"), expected)
 
 
 def test_missing_trace(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import scenarios
 from planner.errors import InputError
-from planner.io.traces import ZERO_OUTPUT, RawTrace, read_trace, rescale
+from planner.io.trace_rates import read_rates
+from planner.io.traces import ZERO_OUTPUT, ZERO_PROMPT, RawTrace, read_trace, rescale
 
 AZURE = (
     "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
@@ -56,6 +58,198 @@ def test_plain_format(tmp_path: Path, end: str) -> None:
     assert trace.arrival_s.tolist() == [0.0, 0.0, 1.5]
     assert trace.prompt_tokens.tolist() == [10, 20, 30]
     assert (trace.rows_read, trace.rows_skipped) == (3, {})
+
+
+def test_bom_and_quotes(tmp_path: Path) -> None:
+    """What spreadsheets add to a CSV file changes nothing."""
+    text = '\ufeff\narrival_s,prompt_tokens,output_tokens\r\n"0",10,1\r\n"1.5",20,"2"\r\n'
+    trace = read(tmp_path, text)
+    assert trace.arrival_s.tolist() == [0.0, 1.5]
+    assert trace.output_tokens.tolist() == [1, 2]
+
+
+# (format, file, arrivals, prompts, outputs, rows skipped)
+SAMPLES: list[tuple[str, str, list[float], list[int], list[int], dict[str, int]]] = [
+    (
+        "azure",
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n"
+        "2024-05-10 00:00:00.017335+00:00,0,8\n2024-05-10 00:00:01.009931+00:00,2399,6\n",
+        [0.0, 1.000001],
+        [2162, 2399],
+        [5, 6],
+        {ZERO_PROMPT: 1},
+    ),
+    (
+        "burstgpt",
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,ChatGPT,472,18,490,Conversation log\n45,ChatGPT,1087,0,1087,Conversation log\n"
+        "118.5,GPT-4,417,276,693,API log\n",
+        [0.0, 113.5],
+        [472, 417],
+        [18, 276],
+        {ZERO_OUTPUT: 1},
+    ),
+    (
+        "burstgpt",
+        "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,"
+        "Log Type\n5,a,1.5,ChatGPT,472,18,490,Conversation log\n7,,2,GPT-4,40,1,41,API log\n",
+        [0.0, 2.0],
+        [472, 40],
+        [18, 1],
+        {},
+    ),
+    (
+        "mooncake",
+        '{"timestamp": 27, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}\n\n'
+        '{"timestamp": 3027, "input_length": 7322, "output_length": 490, "hash_ids": []}\n',
+        [0.0, 3.0],
+        [6758, 7322],
+        [500, 490],
+        {},
+    ),
+    (
+        "apex",
+        '{"ContextTokens": 156, "GeneratedTokens": 67, "StartTimeOffset": 244544756}\n'
+        '{"ContextTokens": 115, "GeneratedTokens": 390, "StartTimeOffset": 5412530993}',
+        [0.0, 5.167986237],
+        [156, 115],
+        [67, 390],
+        {},
+    ),
+    (
+        "llmservingsim",
+        # beyond 2**53, where a float64 would lose the last nanosecond
+        '{"input_toks": 3, "output_toks": 2, "arrival_time_ns": 9007199254740993, '
+        '"input_tok_ids": [5, 2, 9], "output_tok_ids": [1, 1]}\n'
+        '{"input_toks": 4, "output_toks": 1, "arrival_time_ns": 9007199254740994}\n',
+        [0.0, 1e-9],
+        [3, 4],
+        [2, 1],
+        {},
+    ),
+    (
+        "sharegpt",
+        '[{"id": "a", "prompt_len": 12, "output_len": 30},\n'
+        ' {"conversations": [{"from": "human", "value": "Hi", "num_tokens": 1},\n'
+        '  {"from": "gpt", "value": "Hello", "num_tokens": 2}, {"value": "And?"}]},\n'
+        ' {"conversations": [{"from": "human", "value": "Hi", "num_tokens": 1}]}]',
+        [0.0, 0.0],
+        [12, 1],
+        [30, 2],
+        {ZERO_OUTPUT: 1},
+    ),
+]
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample[0])
+@pytest.mark.parametrize("chunk_bytes", [1, 2**22])
+def test_formats(
+    tmp_path: Path,
+    sample: tuple[str, str, list[float], list[int], list[int], dict[str, int]],
+    chunk_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each format is known by its first line, and reads the same line by line and at once."""
+    monkeypatch.setattr("planner.io.trace_file.CHUNK_BYTES", chunk_bytes)
+    name, text, arrivals, prompts, outputs, skipped = sample
+    trace = read(tmp_path, text)
+    assert trace.format == name
+    assert trace.arrival_s.tolist() == arrivals
+    assert trace.prompt_tokens.tolist() == prompts
+    assert trace.output_tokens.tolist() == outputs
+    assert trace.rows_skipped == skipped
+    assert trace.rows_read == len(arrivals) + sum(skipped.values())
+    assert trace.has_arrivals == (name != "sharegpt")
+    assert trace.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_order_is_checked_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is compared with the one above it also where they were read apart."""
+    monkeypatch.setattr("planner.io.trace_file.CHUNK_BYTES", 1)
+    with pytest.raises(InputError, match="line 4, arrival_s: '4' is before the row above"):
+        read(tmp_path, "arrival_s,prompt_tokens,output_tokens\n3,1,1\n5,1,1\n4,1,1\n")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """Parquet reads as the same rows in CSV; bad columns and values are one line."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "trace.parquet"
+
+    def write(**columns: Any) -> None:
+        pq.write_table(pa.table(columns), path)
+
+    good: dict[str, Any] = {
+        "model": ["a", "b", "c"],
+        "arrival_s": [3.0, 3.5, 5.0],
+        "prompt_tokens": pa.array([7, 8, 9], pa.uint16()),
+        "output_tokens": [1, 0, 2],
+    }
+    write(**good)
+    trace = read_trace(path, source="t.parquet")
+    assert trace.arrival_s.tolist() == [0.0, 2.0]
+    assert trace.prompt_tokens.tolist() == [7, 9]
+    assert (trace.rows_read, trace.rows_skipped) == (3, {ZERO_OUTPUT: 1})
+    assert trace.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    for column, values, message in (
+        ("arrival_s", [3.0, None, 5.0], r"row 2, arrival_s: None is empty"),
+        ("arrival_s", [3.0, 2.0, 5.0], r"row 2, arrival_s: 2.0 is before the row above"),
+        ("arrival_s", ["3", "4", "5"], r"row 1, arrival_s: '3' must be a number of seconds"),
+        ("prompt_tokens", [1, -2, 3], r"row 2, prompt_tokens: -2 must not be negative"),
+        ("prompt_tokens", [1.0, 2.0, 3.0], r"row 1, prompt_tokens: 1.0 must be a whole number"),
+        ("output_tokens", [1, 1, 2**40], r"row 3, output_tokens: .* must be at most 2147483647"),
+    ):
+        write(**{**good, column: values})
+        with pytest.raises(InputError, match=message):
+            read_trace(path, source="t.parquet")
+    write(arrival_s=[1.0], prompt_tokens=[1])
+    with pytest.raises(InputError, match="has no column output_tokens"):
+        read_trace(path, source="t.parquet")
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "traces"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published traces are not here")
+@pytest.mark.parametrize(
+    ("name", "name_of_format", "rows", "prompts", "outputs"),
+    [
+        ("AzureLLMInferenceTrace_code.csv", "azure", 8819, 18059974, 245896),
+        ("AzureLLMInferenceTrace_conv.csv", "azure", 19366, 22361870, 4088665),
+        ("apexplus_llama_lmsys_025.jsonl", "apex", 1024, 63148, 165996),
+        ("burstgpt_first3rows_quoted.csv", "burstgpt", 3, 1976, 524),
+        ("mooncake_conversation_trace.jsonl", "mooncake", 12031, 144793823, 4122048),
+        ("mooncake_synthetic_trace.jsonl", "mooncake", 3993, 61194628, 595432),
+        (
+            "llmservingsim_sharegpt-llama-3.1-8b-300-sps10.jsonl",
+            "llmservingsim",
+            300,
+            257239,
+            195753,
+        ),
+    ],
+)
+def test_published_traces(
+    name: str, name_of_format: str, rows: int, prompts: int, outputs: int
+) -> None:
+    """Every published file reads whole."""
+    trace = read_trace(SHARED / name, source=name)
+    assert (trace.format, trace.rows_read, trace.rows_skipped) == (name_of_format, rows, {})
+    assert (int(trace.prompt_tokens.sum()), int(trace.output_tokens.sum())) == (prompts, outputs)
+
+
+def test_rates(tmp_path: Path) -> None:
+    """Windows end where the next starts, and the last is as long as the one before."""
+    path = tmp_path / "rates.csv"
+    path.write_text("0,0.5,1.2,Gamma,0.7,3.9\n600,0,,,,\n1800,2,1.3,Weibull,0.8,0.4")
+    windows, sha256 = read_rates(path, source="rates.csv")
+    assert windows.start_s == (0.0, 600.0, 1800.0)
+    assert windows.end_s == (600.0, 1800.0, 3000.0)
+    assert windows.rate == (0.5, 0.0, 2.0)
+    assert windows.is_weibull == (False, False, True)
+    assert windows.shape == (0.7, 1.0, 0.8)
+    assert windows.mean_requests == 0.5 * 600 + 2 * 1200
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_num_requests_counts_usable_rows(tmp_path: Path) -> None:

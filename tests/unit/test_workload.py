@@ -5,6 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from simulator.arrivals import (
+    OUTPUTS,
+    PROMPTS,
+    RateWindows,
+    diurnal_arrivals_s,
+    gamma_arrivals_s,
+    generator,
+    lognormal_lengths,
+    weibull_arrivals_s,
+    windowed_arrivals_s,
+)
 from simulator.run import Run
 from simulator.workload import poisson_arrivals_s, uniform_lengths
 from tests.builders import limits, linear_cost, workload
@@ -110,3 +121,117 @@ def test_arrivals_that_are_no_time_are_refused(arrival_s: list[float]) -> None:
     """A request that never arrives would keep the loop waiting for ever."""
     with pytest.raises(ValueError, match="finite"):
         workload([1, 1], [1, 1], arrival_s)
+
+
+GAPS = 200_000
+
+# First draws of seed 0.
+GAMMA = [0.0, 0.144876717675388, 1.0732591872772694, 1.1563502360226616]
+WEIBULL = [0.0, 0.0998958141414446, 0.19319948769995843, 0.3524532208693556]
+DIURNAL = [0.3950353732317964, 0.5164273746428654, 0.6929188309823, 1.6223785016986607]
+LOGNORMAL = [775, 198, 1327, 784, 73]
+
+
+@pytest.mark.parametrize("cv", [0.3, 1.0, 2.5])
+def test_gamma_arrivals_have_the_rate_and_the_variation(cv: float) -> None:
+    """Mean and CV of 200,000 gaps are within four standard errors of what was asked."""
+    gaps_s = np.diff(gamma_arrivals_s(GAPS + 1, 4.0, cv, seed=5))
+    assert gaps_s.mean() == pytest.approx(0.25, rel=4 * cv / np.sqrt(GAPS))
+    # Excess kurtosis of a Gamma is 6 cv**2, so Var(s**2) / s**4 = (2 + 6 cv**2) / n; with the
+    # covariance of mean and variance (skewness 2 cv) that of the CV is (1 + cv**2) / (2 n).
+    measured = gaps_s.std() / gaps_s.mean()
+    assert measured == pytest.approx(cv, rel=4 * np.sqrt((1 + cv**2) / (2 * GAPS)))
+
+
+@pytest.mark.parametrize(("shape", "variation"), [(0.5, np.sqrt(5)), (1.0, 1.0), (2.0, 0.5227232)])
+def test_weibull_arrivals_have_the_rate_and_the_variation(shape: float, variation: float) -> None:
+    """Known CVs: sqrt(5) at shape 1/2, 1 at 1 (exponential), sqrt(4/pi - 1) at 2 (Rayleigh)."""
+    gaps_s = np.diff(weibull_arrivals_s(GAPS + 1, 4.0, shape, seed=5))
+    assert gaps_s.mean() == pytest.approx(0.25, rel=4 * variation / np.sqrt(GAPS))
+    # The tail at shape 1/2 is heavy (kurtosis 87.7): standard error 1 % of the CV.
+    assert gaps_s.std() / gaps_s.mean() == pytest.approx(variation, rel=0.03)
+
+
+def test_gamma_and_weibull_of_variation_one_are_poisson() -> None:
+    """Kolmogorov's distance to the exponential law stays below its 0.1 % bound, 1.95 / sqrt(n)."""
+    for arrival_s in (
+        gamma_arrivals_s(GAPS + 1, 1.0, 1.0, seed=1),
+        weibull_arrivals_s(GAPS + 1, 1.0, 1.0, seed=1),
+        diurnal_arrivals_s(GAPS + 1, 1.0, 0.0, 10.0, seed=1),
+    ):
+        law = 1 - np.exp(-np.sort(np.diff(arrival_s)))
+        assert np.abs(law - np.arange(GAPS) / GAPS).max() < 1.95 / np.sqrt(GAPS)
+
+
+def test_diurnal_arrivals_follow_the_sine() -> None:
+    """Counts by phase over 100 periods are Poisson about the integral of the rate."""
+    rate, amplitude, period_s, periods, bins = 10.0, 0.8, 200.0, 100, 20
+    arrival_s = diurnal_arrivals_s(260_000, rate, amplitude, period_s, seed=2)
+    whole = arrival_s[arrival_s < periods * period_s]
+    assert arrival_s[-1] > periods * period_s
+    counts, edges = np.histogram(whole % period_s, bins=bins, range=(0, period_s))
+    angle = 2 * np.pi * edges / period_s
+    expected = (
+        periods
+        * rate
+        * (np.diff(edges) - amplitude * period_s / (2 * np.pi) * np.diff(np.cos(angle)))
+    )
+    assert (np.abs(counts - expected) < 4 * np.sqrt(expected)).all()
+    # 4.5 sigma of the whole
+    assert abs(len(whole) - rate * periods * period_s) < 4.5 * np.sqrt(rate * periods * period_s)
+
+
+def test_windowed_arrivals_follow_rates_and_shapes() -> None:
+    """Each window has its rate and its variation, and an idle one has no arrival."""
+    windows = RateWindows(
+        start_s=(1000.0, 11000.0, 21000.0, 31000.0),
+        end_s=(11000.0, 21000.0, 31000.0, 41000.0),
+        rate=(5.0, 0.0, 20.0, 1.0),
+        is_weibull=(False, False, True, False),
+        shape=(0.25, 1.0, 0.5, 4.0),
+    )
+    assert windows.mean_requests == 260_000
+    arrival_s = windowed_arrivals_s(windows, None, seed=4)
+    assert arrival_s[0] == 0.0
+    for start_s, rate, cv in ((0, 5.0, 2.0), (20000, 20.0, np.sqrt(5)), (30000, 1.0, 0.5)):
+        inside = arrival_s[(arrival_s >= start_s) & (arrival_s < start_s + 10000)]
+        # Counts of a renewal process have the variance cv**2 times the mean.
+        count = rate * 10000
+        assert abs(len(inside) - count) < 4 * cv * np.sqrt(count)
+        gaps_s = np.diff(inside)
+        assert gaps_s.std() / gaps_s.mean() == pytest.approx(cv, rel=0.05)
+    assert not ((arrival_s > 10000) & (arrival_s < 20000)).any()
+    assert np.array_equal(windowed_arrivals_s(windows, 100, seed=4), arrival_s[:100])
+
+
+def test_lognormal_lengths_have_mean_and_variation() -> None:
+    """Both within 2 %, whole numbers from 1, and cut at the longest."""
+    drawn = lognormal_lengths(GAPS, 500.0, 1.2, None, generator(7, PROMPTS))
+    assert drawn.dtype == np.int64
+    assert drawn.min() >= 1
+    assert drawn.mean() == pytest.approx(500, rel=4 * 1.2 / np.sqrt(GAPS))
+    assert drawn.std() / drawn.mean() == pytest.approx(1.2, rel=0.04)
+    # The median is exp(mu) = mean / sqrt(1 + cv**2).
+    assert np.median(drawn) == pytest.approx(500 / np.sqrt(1 + 1.2**2), rel=0.01)
+    cut = lognormal_lengths(GAPS, 500.0, 1.2, 900, generator(7, PROMPTS))
+    assert np.array_equal(cut, np.minimum(drawn, 900))
+    assert lognormal_lengths(50, 1.0, 0.01, None, generator(7, PROMPTS)).tolist() == [1] * 50
+
+
+def test_streams_of_one_seed_are_independent() -> None:
+    """Gaps and lengths of one seed do not go together: 4 standard errors of a correlation."""
+    gaps_s = np.diff(gamma_arrivals_s(GAPS + 1, 1.0, 1.0, seed=3))
+    prompts = lognormal_lengths(GAPS, 500.0, 1.0, None, generator(3, PROMPTS))
+    outputs = lognormal_lengths(GAPS, 500.0, 1.0, None, generator(3, OUTPUTS))
+    for one, other in ((gaps_s, prompts), (gaps_s, outputs), (prompts, outputs)):
+        ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
+        assert abs(np.corrcoef(*ranks)[0, 1]) < 4 / np.sqrt(GAPS)
+
+
+def test_draws_of_a_seed_stay_what_they_are() -> None:
+    """Figures that a scenario with this seed gave must be found again by later versions."""
+    near = pytest.approx
+    assert gamma_arrivals_s(4, 2.0, 2.5, 0).tolist() == near(GAMMA, rel=1e-12)
+    assert weibull_arrivals_s(4, 2.0, 0.7, 0).tolist() == near(WEIBULL, rel=1e-12)
+    assert diurnal_arrivals_s(4, 2.0, 0.5, 9.0, 0).tolist() == near(DIURNAL, rel=1e-12)
+    assert lognormal_lengths(5, 500.0, 1.0, None, generator(0, PROMPTS)).tolist() == LOGNORMAL
