@@ -6,80 +6,25 @@ terminal, traceback at exit) runs in a new one.
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import subprocess
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 import planner.api
 import planner.cli
 from planner import __version__
-from tests.problems import LLAMA_70B, mapping, pool
+from tests.command import one_line_error, process, write
+from tests.problems import LLAMA_70B, pool
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from planner.search import Progress
+    from tests.command import Cli
 
 INFEASIBLE = {"slo": {"ttft_ms": {"p99": 1}}}
 TOO_LARGE = {"model": {"config": LLAMA_70B, "max_model_len": 1024}, "cluster": pool(1)}
-
-
-def write(folder: Path, **sections: Any) -> str:
-    """Write a small scenario; JSON is YAML too."""
-    path = folder / "scenario.yaml"
-    path.write_text(json.dumps(mapping(**sections)))
-    return str(path)
-
-
-class Cli:
-    """Calls the command line in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, *args: str) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of ``planner`` with ``args``."""
-        self._monkeypatch.setattr(sys, "argv", ["planner", *args])
-        with pytest.raises(SystemExit) as ended:
-            planner.cli.main()
-        out, err = self._capsys.readouterr()
-        code = ended.value.code
-        return (0 if code is None else int(code)), out, err
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Call ``cli("solve", path)``."""
-    monkeypatch.delenv("PLANNER_DEBUG", raising=False)
-    return Cli(monkeypatch, capsys)
-
-
-def process(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``planner`` in a process of its own."""
-    inherited = {k: v for k, v in os.environ.items() if k != "PLANNER_DEBUG"}
-    return subprocess.run(
-        [sys.executable, "-m", "planner.cli", *args],
-        env={**inherited, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
-def one_line_error(err: str) -> str:
-    """The only line of stderr, which is no traceback."""
-    assert err.startswith("planner: ")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
 
 
 def test_same_bytes_in_every_process(tmp_path: Path) -> None:
@@ -263,139 +208,6 @@ def test_simulate(cli: Cli, tmp_path: Path) -> None:
     assert "breaks slo.ttft_ms.p99" in out
 
 
-RUN_FILES = ("--requests", "r.csv", "--series", "s.csv", "--timeline", "t.json.gz")
-
-
-def test_simulate_writes_its_files_the_same_in_every_process(tmp_path: Path) -> None:
-    """A row per request and per iteration, a timeline; neither hash seed nor folder shows."""
-    path = write(tmp_path)
-    found = []
-    for seed in ("1", "2"):
-        folder = tmp_path / seed
-        folder.mkdir()
-        files = [str(folder / f) if "." in f else f for f in RUN_FILES]
-        plan = ("--plan", "2xtp1:seqs=4,tokens=64")
-        run = process("simulate", path, *plan, "--json", "-", *files, PYTHONHASHSEED=seed)
-        assert (run.returncode, run.stderr) == (0, "")
-        found.append({file.name: file.read_bytes() for file in folder.iterdir()})
-    assert found[0] == found[1]
-    assert sorted(found[0]) == ["r.csv", "s.csv", "t.json.gz"]
-    metrics = json.loads(run.stdout)["metrics"]
-    requests, series = (found[0][f].decode().splitlines() for f in ("r.csv", "s.csv"))
-    assert len(requests) == 1 + metrics["completed"]
-    assert len(series) == 1 + metrics["iterations"]
-    assert gzip.decompress(found[0]["t.json.gz"]).count(b'"ph":"X"') == metrics["iterations"]
-
-
-def test_a_series_of_so_many_rows(cli: Cli, tmp_path: Path) -> None:
-    """``--series-rows`` thins the file; alone, or below 1, it is refused."""
-    args = ("simulate", write(tmp_path), "--plan", "tp1:seqs=4,tokens=64", "--series-rows")
-    target = tmp_path / "s.csv"
-    assert cli(*args, "7", "--series", str(target))[0] == 0
-    assert len(target.read_text().splitlines()) == 1 + 7
-    for more in (("0", "--series", str(target)), ("7",)):
-        code, out, err = cli(*args, *more)
-        assert (code, out) == (2, "")
-        assert "--series-rows" in one_line_error(err)
-
-
-@pytest.mark.parametrize("option", ["--requests", "--series", "--timeline"])
-def test_bad_targets_are_refused_before_the_simulation(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
-) -> None:
-    """A file that cannot be written: code 2, the option and why, and nothing was simulated."""
-    monkeypatch.setattr(planner.api, "resolve", None)  # a call would be a bug of ours, code 1
-    monkeypatch.chdir(tmp_path)
-    args = ("simulate", write(tmp_path), "--plan", "tp1", option)
-    for target, message in (
-        ("missing/file", "cannot be written (No such directory)"),
-        (".", "cannot be written (Is a directory)"),
-        ("-", "must be a file; only --json can be standard output"),
-    ):
-        code, out, err = cli(*args, target)
-        assert (code, out) == (2, "")
-        assert one_line_error(err) == f"planner: error: {option} {target}: {message}\n"
-    code, _, err = cli(*args, "out", "--json", "out")
-    assert code == 2
-    assert one_line_error(err) == f"planner: error: {option} out: is the file of --json too\n"
-    assert [file.name for file in tmp_path.iterdir()] == ["scenario.yaml"]
-
-
-def test_a_refused_plan_leaves_no_files(cli: Cli, tmp_path: Path) -> None:
-    """Files are written only once the run is over."""
-    target = tmp_path / "r.csv"
-    code, _, _ = cli("simulate", write(tmp_path), "--plan", "tp3", "--requests", str(target))
-    assert code == 2
-    assert not target.exists()
-
-
-def test_json_goes_to_a_file_whole(cli: Cli, tmp_path: Path) -> None:
-    """``--json PATH`` replaces the file by exactly the report, and leaves nothing beside it."""
-    target = tmp_path / "out" / "report.json"
-    target.parent.mkdir()
-    target.write_text("old and much longer than nothing")
-    path = write(tmp_path)
-    code, out, err = cli("solve", path, "--json", str(target))
-    assert (code, err) == (0, "")
-    assert "deploy" in out
-    assert target.read_text() == cli("solve", path, "--json", "-")[1]
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_json_into_a_folder_that_is_not_there(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A report that cannot be written is an error of the caller: code 2, the path, no file."""
-    path = write(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    code, out, err = cli("solve", path, "--json", "missing/report.json")
-    assert (code, out) == (2, "")
-    cause = "--json missing/report.json: cannot be written (No such directory)"
-    assert one_line_error(err) == f"planner: error: {cause}\n"
-    assert not (tmp_path / "missing").exists()
-
-
-def test_a_failed_write_leaves_the_old_file(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the last step fails the old report stays and the new one is not left half-way."""
-    target = tmp_path / "out" / "report.json"
-    target.parent.mkdir()
-    target.write_text("old")
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(planner.cli.os, "replace", full)
-    code, _, err = cli("solve", write(tmp_path), "--json", str(target))
-    assert code == 2
-    assert "cannot be written (No space left on device)" in one_line_error(err)
-    assert target.read_text() == "old"
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_json_file_has_the_usual_mode(cli: Cli, tmp_path: Path) -> None:
-    """A report is as readable as any other file that the user writes."""
-    target, usual = tmp_path / "report.json", tmp_path / "usual"
-    usual.touch()
-    cli("solve", write(tmp_path), "--json", str(target))
-    assert target.stat().st_mode == usual.stat().st_mode
-
-
-def test_json_into_a_pipe_keeps_the_pipe(cli: Cli, tmp_path: Path) -> None:
-    """What is no regular file is written to, never replaced."""
-    target = tmp_path / "pipe"
-    os.mkfifo(target)
-    reader = os.open(target, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        code, _, _ = cli("solve", write(tmp_path), "--json", str(target))
-        assert code == 0
-        assert target.is_fifo()
-        assert json.loads(os.read(reader, 1 << 16))["status"] == "optimal"
-    finally:
-        os.close(reader)
-
-
 def test_timings_are_only_there_when_asked_for(cli: Cli, tmp_path: Path) -> None:
     """``--timings`` adds search.seconds and nothing else; without it no clock is in the JSON."""
     path = write(tmp_path)
@@ -414,3 +226,33 @@ def test_the_table_says_what_a_person_asks(cli: Cli, tmp_path: Path) -> None:
         assert heading in out
     assert "exhaustive simulation names the same plan and value" in out
     assert "vllm serve" in out
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("devices", "H100-SXM-80GB"),
+        ("models", "deepseek-ai/DeepSeek-V3"),
+        ("engines", "0.24.0"),
+        ("interconnects", "ib_400g"),
+    ],
+)
+def test_list_names_what_a_scenario_may_say(cli: Cli, kind: str, name: str) -> None:
+    """A table for a person, the same entries and more as JSON for a program."""
+    code, table, err = cli("list", kind)
+    assert (code, err) == (0, "")
+    assert name in table
+    code, out, _ = cli("list", kind, "--json", "-")
+    rows = json.loads(out)[kind]
+    assert code == 0
+    assert any(name in row.values() for row in rows)
+    assert len(table.splitlines()) == 1 + len(rows)
+
+
+def test_list_of_an_unknown_kind(cli: Cli) -> None:
+    """One line with what there is."""
+    code, _, err = cli("list", "plans")
+    assert code == 2
+    assert one_line_error(err) == (
+        "planner: error: list: plans: must be one of: devices, models, engines, interconnects\n"
+    )
