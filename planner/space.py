@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from simulator.model import Attention, Experts, GatedDeltaNet, LatentAttention, Mamba2
 from simulator.plan import BatchingLimits, Plan
+from simulator.precision import FP8_BLOCK
 from simulator.units import GIB
 
 if TYPE_CHECKING:
@@ -47,9 +48,6 @@ RULES = (
 Sources: vLLM model_executor/models/llama.py (heads, KV heads), model_executor/layers/linear.py
 (widths), layers/mamba/mamba_mixer2.py (state-space heads and groups), layers/quantization/fp8.py
 (blocks), config/scheduler.py (token budget), v1/core/kv_cache_utils.py (one full request)."""
-
-_FP8_BLOCK = 128
-"""Rows and columns of weights under one scale (DeepSeek-V3, arXiv 2412.19437, 3.3.2)."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _ffn_sizes(layer: Layer, tp: int, rule: str) -> Iterator[tuple[int, bool]]:
         if rule == FFN:
             yield width, width % tp != 0
         else:
-            yield width, dtype == "fp8_block" and width // tp % _FP8_BLOCK != 0
+            yield width, dtype == "fp8_block" and width // tp % FP8_BLOCK != 0
 
 
 def _nodes_join(problem: Problem, tp: int) -> bool:

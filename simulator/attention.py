@@ -16,7 +16,7 @@ from simulator.attention_prefill import prefill_sum
 from simulator.attention_series import match
 from simulator.attention_surface import surface
 from simulator.attention_work import FULL_ATTENTION, AttentionShape
-from simulator.interpolate import Provenance, labels, point_labels, positive
+from simulator.interpolate import Provenance, labels, not_negative, point_labels, positive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,7 +152,7 @@ def context_attention_s(
         If a length is negative, or ``heads`` below ``kv_heads``.
 
     """
-    tokens = _not_negative("length", length)
+    tokens = not_negative("length", length)
     shape = AttentionShape(
         prefill=True,
         head_dim=head_dim,
@@ -209,7 +209,7 @@ def context_underfill_s(
         If a count is negative, or ``heads`` below ``kv_heads``.
 
     """
-    counts = _not_negative("tokens", tokens)
+    counts = not_negative("tokens", tokens)
     shape = AttentionShape(
         prefill=True,
         head_dim=head_dim,
@@ -263,10 +263,3 @@ def _longest(shape: AttentionShape, fitted: Surface) -> float:
     if fitted.shape.window_tokens == shape.window_tokens:
         return np.inf
     return shape.window_tokens
-
-
-def _not_negative(name: str, values: ArrayLike) -> FloatArray:
-    array = np.atleast_1d(np.asarray(values, dtype=np.float64))
-    if array.size and not bool((array >= 0).all()):
-        raise ValueError(f"{name} must be at least 0, got {array.min()}")
-    return array

@@ -61,6 +61,21 @@ def positive(name: str, values: ArrayLike) -> FloatArray:
     return array
 
 
+def not_negative(name: str, values: ArrayLike) -> FloatArray:
+    """``values`` as a 1-D float array.
+
+    Raises
+    ------
+    ValueError
+        If one of them is below 0.
+
+    """
+    array = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    if array.size and not bool((array >= 0).all()):
+        raise ValueError(f"{name} must be at least 0, got {array.min()}")
+    return array
+
+
 def isotonic(values: FloatArray) -> FloatArray:
     """Closest non-decreasing sequence in least squares (pool adjacent violators).
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simulator.interpolate import Provenance, bracket, labels, point_labels, positive
+from simulator.interpolate import Provenance, bracket, labels, not_negative, point_labels, positive
 from simulator.latent_grid import kernel_surface, nearest_grids
 from simulator.latent_prompt import floor_s, prompt_fit
 from simulator.latent_work import CONTEXT, GENERATION, ideal_s, indexer_s
@@ -133,7 +133,7 @@ def latent_context_s(
         If a length is negative or ``heads`` below 1.
 
     """
-    tokens = _not_negative("length", length)
+    tokens = not_negative("length", length)
     positive("heads", [heads])
     size = (attention, heads, kv_dtype)
     parts = nearest_grids(table, CONTEXT, attention, kv_dtype)
@@ -185,7 +185,7 @@ def latent_underfill_s(
         If a count is negative or ``heads`` below 1.
 
     """
-    counts = _not_negative("tokens", tokens)
+    counts = not_negative("tokens", tokens)
     positive("heads", [heads])
     parts = nearest_grids(table, CONTEXT, attention, kv_dtype)
     if not parts and attention.index_topk:
@@ -307,13 +307,6 @@ def _context_from_dense(
 def _dense(attention: LatentAttention) -> LatentAttention:
     """The same attention without its indexer."""
     return replace(attention, index_topk=0, index_heads=0, index_head_dim=0)
-
-
-def _not_negative(name: str, values: ArrayLike) -> FloatArray:
-    array = np.atleast_1d(np.asarray(values, dtype=np.float64))
-    if array.size and not bool((array >= 0).all()):
-        raise ValueError(f"{name} must be at least 0, got {array.min()}")
-    return array
 
 
 def _bilinear(

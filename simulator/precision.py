@@ -32,12 +32,14 @@ _E4M3_SCALE: Final = 1
 _BF16_SCALE: Final = 2
 _HALF: Final = 0.5
 
+FP8_BLOCK: Final = 128
+"""Rows and columns of fp8 weights under one scale (DeepSeek-V3, arXiv 2412.19437, 3.3.2)."""
+
 PRECISIONS: Final[dict[str, Precision]] = {
     "bf16": Precision(2, 2, "bf16"),
     # One scale per tensor or channel: nothing beside the weights.
     "fp8": Precision(1, 1, "fp8"),
-    # DeepSeek-V3 (arXiv 2412.19437, 3.3.2): a float32 scale per 128 x 128 weights.
-    "fp8_block": Precision(1 + _FP32_SCALE / 128**2, 1, "fp8"),
+    "fp8_block": Precision(1 + _FP32_SCALE / FP8_BLOCK**2, 1, "fp8"),
     # OCP Microscaling MXFP8: an E8M0 scale per 32 weights.
     "mxfp8": Precision(1 + _E8M0_SCALE / 32, 1, "fp8"),
     "int8": Precision(1, 1, "fp8"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from simulator.interpolate import Provenance, isotonic, labels, positive
+from simulator.interpolate import Provenance, isotonic, labels, not_negative, positive
 from simulator.kernel_work import recurrent_work
 from simulator.local_fit import between, grown, joined_labels, local_slab
 from simulator.model import GatedDeltaNet
@@ -123,9 +123,7 @@ def recurrent_context_s(
         If a length is negative or ``tp`` below 1.
 
     """
-    tokens = np.atleast_1d(np.asarray(length, dtype=np.float64))
-    if tokens.size and not bool((tokens >= 0).all()):
-        raise ValueError(f"length must be at least 0, got {tokens.min()}")
+    tokens = not_negative("length", length)
     positive("tp", [tp])
     time_s, launch_s = np.zeros(tokens.shape), 0.0
     label = labels(tokens.shape, Provenance.MEASURED)
