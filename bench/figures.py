@@ -42,10 +42,19 @@ RULES: Final = {
     "load_ms": Rule(-1, None),
     "compile_ms": Rule(-1, None),
     "p90_abs_pct": Rule(-1, 1.0),
+    "max_abs_pct": Rule(-1, 1.0),
+    "covered": Rule(1, 0.0),
+    "within_3pct": Rule(1, 0.01),
+    "mean_share": Rule(1, 0.005),
+    "p5_share": Rule(1, 0.02),
+    "plain_requests_per_s": Rule(1, None),
+    "jump_over_plain": Rule(1, None),
+    "million_s": Rule(-1, None),
+    "million_peak_gib": Rule(-1, None),
 }
 """By the last part of a figure's path; figures without a rule are not recorded."""
 
-_SKIPPED: Final = ("slices", "unscorable")
+_SKIPPED: Final = ("slices", "unscorable", "choices", "uncovered")
 
 
 def flatten(data: Any, path: str = "") -> dict[str, float]:

@@ -2,9 +2,11 @@
 
 ``python -m bench.points RUNS.csv [--where model=M,engine=E] [--json PATH]``
 
-Prints four variants, for the KV dtype that a row states and for bf16: kernel tables alone, and
-with the engine version's own constants. The JSON's top level is the variant named by ``--kv`` and
-``--calibration``.
+Every row is simulated as its client loaded it and under the settings that it states; what it
+leaves open takes the engine version's default. Host constants are those that `bench.held_out` gives
+a cluster that it has not seen; ``--constants engine`` takes the engine version's own and
+``--constants none`` kernel tables alone. The JSON's top level is what is printed, with every row
+that is not covered and why.
 """
 
 from __future__ import annotations
@@ -13,110 +15,84 @@ import argparse
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
+from bench.held_out import constants_for, stored_fits
+from bench.predictions import WORKERS, predict_all
+from bench.runs_csv import Case, Row, UncoveredError, case_of, is_scored, parse_where, read_rows
+from bench.scoring import COLUMNS, score, tp_orders
 
-from bench.runs_csv import Row, UncoveredError, case_of, parse_where, read_rows
-from planner.api import simulate
-from planner.errors import PlannerError
+if TYPE_CHECKING:
+    from simulator.engine_rules import HostConstants
 
-COLUMNS: Final = {
-    "tpot": ("tpot_ms", "mean_tpot_ms"),
-    "ttft": ("ttft_ms", "mean_ttft_ms"),
-    "itl": ("itl_median_ms", "p50_itl_ms"),
-    "output_throughput": ("output_tok_per_s", "output_throughput"),
-    "total_throughput": ("total_tok_per_s", "total_token_throughput"),
-    "e2e": ("e2e_ms", None),
-    "power": ("power_w", None),
-}
-"""Column of the measured metric and name of the simulated one (``None``: not predicted yet)."""
-
-_SLICES: Final = ("hardware", "model", "engine_version", "tp")
+CONSTANTS: Final = ("held-out", "engine", "none")
+"""Where host constants come from."""
 
 
-@dataclass
-class Errors:
-    """Relative errors of one metric, (predicted - measured) / measured."""
-
-    values: list[float] = field(default_factory=list)
-
-    def figures(self) -> dict[str, float]:
-        """Figures of the contract."""
-        if not self.values:
-            return {"n": 0}
-        errors = np.array(self.values)
-        size = np.abs(errors)
-        return {
-            "n": len(errors),
-            "mean_abs_pct": 100 * float(size.mean()),
-            "median_abs_pct": 100 * float(np.median(size)),
-            "p90_abs_pct": 100 * float(np.percentile(size, 90)),
-            "bias_pct": 100 * float(errors.mean()),
-        }
+def cases_of(
+    rows: list[Row], *, kv_cache_dtype: str | None = None, calibration: str | None = None
+) -> tuple[list[Case], list[tuple[Row, str]]]:
+    """Rows that a scenario reproduces, in order, and the others with the reason."""
+    made = [(row, _case_or_reason(row, kv_cache_dtype, calibration)) for row in rows]
+    cases = [case for _, case in made if isinstance(case, Case)]
+    return cases, [(row, reason) for row, reason in made if isinstance(reason, str)]
 
 
-def predict(
-    rows: list[Row], kv: str | None, calibration: str | None
-) -> tuple[list[Any], Counter[str]]:
-    """Simulated metrics per row (``None`` where uncovered), and the reasons."""
-    reasons: Counter[str] = Counter()
-    metrics: list[Any] = []
-    for row in rows:
-        predicted, reason = _predict_one(row, kv, calibration)
-        metrics.append(predicted)
-        if reason:
-            reasons[reason] += 1
-    return metrics, reasons
-
-
-def _predict_one(row: Row, kv: str | None, calibration: str | None) -> tuple[Any, str]:
+def _case_or_reason(row: Row, kv_cache_dtype: str | None, calibration: str | None) -> Case | str:
     try:
-        case = case_of(row, kv_cache_dtype=kv, calibration=calibration)
-        return simulate(case.scenario, case.plan).metrics, ""
-    except (UncoveredError, PlannerError) as error:
-        return None, str(error)
+        return case_of(row, kv_cache_dtype=kv_cache_dtype, calibration=calibration)
+    except UncoveredError as error:
+        return str(error)
 
 
-def score(rows: list[Row], metrics: list[Any]) -> dict[str, Any]:
-    """Error figures by metric, and by slice."""
-    total = {name: Errors() for name in COLUMNS}
-    slices: dict[str, dict[str, Errors]] = {}
-    for row, predicted in zip(rows, metrics, strict=True):
-        if predicted is None:
-            continue
-        for name, (column, key) in COLUMNS.items():
-            if key is None or not row[column]:
-                continue
-            error = predicted[key] / float(row[column]) - 1
-            total[name].values.append(error)
-            for by in _SLICES:
-                label = f"{by}={row[by]}"
-                slices.setdefault(label, {}).setdefault(name, Errors()).values.append(error)
-    out: dict[str, Any] = {name: errors.figures() for name, errors in total.items()}
-    out["slices"] = {
-        label: {name: errors.figures() for name, errors in by_name.items()}
-        for label, by_name in sorted(slices.items())
-    }
-    return out
+def host_of(case: Case, constants: str) -> HostConstants | None:
+    """Host constants of a case; ``None``: those of its scenario."""
+    if constants != "held-out":
+        return None
+    names = case.names
+    is_moe = names.checkpoint.is_moe
+    return constants_for(case.cluster, names.release, stored_fits(), is_moe=is_moe).host()
 
 
-def tp_orders(rows: list[Row], metrics: list[Any]) -> tuple[int, int]:
-    """Cells (lengths and load) whose predicted TPOT order over tp is the measured one; cells."""
-    cells: dict[tuple[str, ...], list[tuple[str, float, float]]] = {}
-    for row, predicted in zip(rows, metrics, strict=True):
-        if predicted is not None and row["tpot_ms"]:
-            key = tuple(row[c] for c in ("hardware", "model", "engine", "isl", "osl", "load"))
-            entry = (row["tp"], float(row["tpot_ms"]), predicted["mean_tpot_ms"])
-            cells.setdefault(key, []).append(entry)
-    several = [cell for cell in cells.values() if len({tp for tp, _, _ in cell}) > 1]
-    right = 0
-    for cell in several:
-        measured = [tp for tp, _, _ in sorted(cell, key=lambda e: e[1])]
-        right += measured == [tp for tp, _, _ in sorted(cell, key=lambda e: e[2])]
-    return right, len(several)
+def figures_of(
+    rows: list[Row], constants: str, *, kv_cache_dtype: str | None = None, workers: int = WORKERS
+) -> dict[str, Any]:
+    """Everything that the JSON holds, from rows that are to be scored."""
+    calibration = "none" if constants == "none" else None
+    cases, uncovered = cases_of(rows, kv_cache_dtype=kv_cache_dtype, calibration=calibration)
+    jobs = [(case, host_of(case, constants)) for case in cases]
+    predictions = predict_all(jobs, workers=workers)
+    figures = score(cases, predictions)
+    uncovered += [
+        (case.row, predicted)
+        for case, predicted in zip(cases, predictions, strict=True)
+        if isinstance(predicted, str)
+    ]
+    figures["tp_order"] = tp_orders(cases, predictions)
+    figures["constants"] = constants
+    figures["rows"] = {"covered": len(rows) - len(uncovered), "uncovered": len(uncovered)}
+    figures["uncovered"] = [
+        {
+            "run_id": row["run_id"],
+            "cluster": "|".join(row[c] for c in ("model", "hardware", "engine", "engine_version")),
+            "reason": reason,
+        }
+        for row, reason in uncovered
+    ]
+    figures["stand_ins"] = sorted(
+        {case.names.release.note for case in cases if case.names.release.note}
+    )
+    figures["predictions"] = [
+        {"run_id": case.row["run_id"], **_rounded(predicted)}
+        for case, predicted in zip(cases, predictions, strict=True)
+        if not isinstance(predicted, str)
+    ]
+    return figures
+
+
+def _rounded(predicted: dict[str, float]) -> dict[str, float]:
+    return {column: float(f"{value:.6g}") for column, value in predicted.items()}
 
 
 def main() -> None:
@@ -124,52 +100,68 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.points", description=__doc__)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--where", default="", help="column=value,...")
-    parser.add_argument("--kv", choices=["stated", "bf16", "fp8"], default="stated")
-    parser.add_argument("--calibration", choices=["engine", "none"], default="engine")
+    parser.add_argument("--constants", choices=CONSTANTS, default=CONSTANTS[0])
+    parser.add_argument(
+        "--held-out",
+        dest="constants",
+        action="store_const",
+        const="held-out",
+        help="constants that did not see the cluster (the default)",
+    )
+    parser.add_argument("--kv", choices=["bf16", "fp8"], help="KV dtype in place of every row's")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="processes")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not args.runs.exists():
         sys.exit(f"{args.runs}: no such file; nothing measured to compare with")
-    rows = read_rows(args.runs, parse_where(args.where))
-    unscorable = Counter(r["scorable_reason"] or "unstated" for r in rows if r["scorable"] == "no")
-    duplicates = sum(bool(r["duplicate_of"]) for r in rows if r["scorable"] != "no")
-    rows = [r for r in rows if r["scorable"] != "no" and not r["duplicate_of"]]
-    print(f"{len(rows)} rows to score, {duplicates} duplicates and {unscorable.total()} unscorable")
-
-    variants: dict[str, Any] = {}
-    header = f"{'KV':>6} {'constants':>9} {'n':>5} {'TPOT mean':>10} {'median':>7} {'bias':>6}"
-    print(f"{header} {'TTFT mean':>10} {'median':>7} {'bias':>6}  TPOT order of tp")
-    uncovered: Counter[str] = Counter()
-    for kv in ("stated", "bf16"):
-        for calibration in ("none", "engine"):
-            metrics, uncovered = predict(
-                rows, None if kv == "stated" else kv, None if calibration == "engine" else "none"
-            )
-            figures = score(rows, metrics)
-            right, cells = tp_orders(rows, metrics)
-            figures["tp_order"] = {"right": right, "cells": cells}
-            variants[f"kv={kv},constants={calibration}"] = figures
-            print(f"{kv:>6} {calibration:>9} {_line(figures)}  {right} of {cells}")
-    for reason, count in uncovered.most_common():
-        print(f"  uncovered {count}: {reason}")
+    every = read_rows(args.runs, parse_where(args.where))
+    rows = [row for row in every if is_scored(row)]
+    unscorable = Counter(
+        "duplicate of another run"
+        if row.get("scorable") != "no"
+        else row.get("scorable_reason") or "unstated"
+        for row in every
+        if not is_scored(row)
+    )
+    print(f"{len(rows)} rows to score; left out by their own columns: {unscorable.total()}")
+    figures = figures_of(rows, args.constants, kv_cache_dtype=args.kv, workers=args.workers)
+    figures["rows"] |= {"read": len(every), "left_out": unscorable.total()}
+    figures["unscorable"] = [
+        {"reason": reason, "n": n}
+        for reason, n in sorted(
+            (unscorable + Counter(entry["reason"] for entry in figures["uncovered"])).items()
+        )
+    ]
+    _print(figures)
     if args.json:
-        main_variant = dict(variants[f"kv={args.kv},constants={args.calibration}"])
-        main_variant["variants"] = variants
-        main_variant["unscorable"] = [
-            {"reason": reason, "n": n} for reason, n in sorted((unscorable + uncovered).items())
-        ]
-        text = json.dumps(main_variant, indent=2, sort_keys=True) + "\n"
-        args.json.write_text(text, encoding="utf-8")
+        args.json.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _line(figures: dict[str, Any]) -> str:
-    cells = [f"{figures['tpot']['n']:>5}"]
-    for name in ("tpot", "ttft"):
-        one = figures[name]
-        if one["n"]:
-            mean, median = one["mean_abs_pct"], one["median_abs_pct"]
-            cells.append(f"{mean:>10.1f} {median:>7.1f} {one['bias_pct']:>6.1f}")
-    return " ".join(cells)
+def _print(figures: dict[str, Any]) -> None:
+    print(f"host constants: {figures['constants']}; {figures['rows']}")
+    print(f"{'':<18} {'n':>5} {'mean':>7} {'median':>7} {'p90':>7} {'bias':>7}  by cluster: mean")
+    for name in COLUMNS:
+        if figures[name]["n"]:
+            mean = figures["cluster_weighted"][name]["mean_abs_pct"]
+            print(f"{name:<18} {_cells(figures[name])}  {mean:.1f}")
+        else:
+            print(f"{name:<18} {0:>5}  not predicted")
+    for by in ("kind", "cluster"):
+        print(f"by {by}: TPOT n, mean, median, p90, bias; TTFT; output throughput; e2e")
+        for label, one in figures["slices"].items():
+            if label.startswith(f"{by}="):
+                parts = (one[n] for n in ("tpot", "ttft", "output_throughput", "e2e") if n in one)
+                print(f"  {label.partition('=')[2]:<62} {' |'.join(map(_cells, parts))}")
+    print(f"order of TPOT over tp: {figures['tp_order']}")
+    for note in figures["stand_ins"]:
+        print(f"  stand-in: {note}")
+    for reason, n in Counter(entry["reason"] for entry in figures["uncovered"]).most_common():
+        print(f"  uncovered {n}: {reason}")
+
+
+def _cells(one: dict[str, float]) -> str:
+    keys = ("mean_abs_pct", "median_abs_pct", "p90_abs_pct", "bias_pct")
+    return f"{one['n']:>5} " + " ".join(f"{one[key]:>7.1f}" for key in keys)
 
 
 if __name__ == "__main__":

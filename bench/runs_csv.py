@@ -1,4 +1,4 @@
-"""Measured runs (columns of ``runs_columns.md``) as scenarios: which rows are covered, and how.
+"""Measured runs (columns of ``runs_columns.md``) as cases: a scenario and the plan measured.
 
 From a row only identity, load and settings are read here, never a metric.
 """
@@ -6,34 +6,170 @@ From a row only identity, load and settings are read here, never a metric.
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
+from bench.assumptions import assumed_of
+from bench.clients import Client, client_of
+from bench.names import Names, resolve_names
+from bench.uncovered import UncoveredError
 from planner.errors import PlannerError
+from planner.resolve import resolve
 from planner.scenario import Scenario
+from planner.space import broken_rule
+from simulator.plan import parse_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    from planner.problem import Problem
+    from simulator.engine_rules import HostConstants
+    from simulator.plan import Plan
+
+__all__ = ["Case", "Cluster", "UncoveredError", "case_of", "is_scored", "parse_where", "read_rows"]
 
 Row = dict[str, str]
 
-_DTYPES = ("bf16", "fp8")
+_SETTINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
+    "vllm": {
+        "max_num_seqs": ("max_num_seqs", "count"),
+        "max_num_batched_tokens": ("max_num_batched_tokens", "count"),
+        "memory_fraction": ("gpu_memory_utilization", "share"),
+        "block_size": ("block_size", "count"),
+        "chunked_prefill": ("enable_chunked_prefill", "switch"),
+        "async_scheduling": ("async_scheduling", "switch"),
+    },
+    "sglang": {
+        "max_num_seqs": ("max_running_requests", "count"),
+        "max_num_batched_tokens": ("max_prefill_tokens", "count"),
+        "chunked_prefill_size": ("chunked_prefill_size", "count"),
+        "memory_fraction": ("mem_fraction_static", "share"),
+        "block_size": ("page_size", "count"),
+        "async_scheduling": ("async_scheduling", "switch"),
+    },
+    "trtllm": {
+        "max_num_seqs": ("max_batch_size", "count"),
+        "max_num_batched_tokens": ("max_num_tokens", "count"),
+        "memory_fraction": ("kv_cache_free_gpu_memory_fraction", "share"),
+        "chunked_prefill": ("enable_chunked_context", "switch"),
+        "scheduler_policy": ("capacity_scheduler_policy", "word"),
+        "block_size": ("tokens_per_block", "count"),
+        "async_scheduling": ("async_scheduling", "switch"),
+    },
+}
+"""Per engine: column, the engine's own name of the setting, and how it is written.
+
+Prefix caching is left to the engine's default: no two prompts of these clients begin alike."""
+
+_FLAGGED: Final = ("max_num_seqs", "max_num_batched_tokens", "memory_fraction", "kv_cache_dtype")
+"""Settings that matter; a row that leaves one empty runs under the engine's default and says so."""
+
+
+@dataclass(frozen=True, order=True)
+class Cluster:
+    """Runs that share everything that host constants may depend on."""
+
+    model: str
+    device: str
+    engine: str
+    version: str
+
+    @property
+    def label(self) -> str:
+        """One word for tables and files."""
+        return "|".join((self.model, self.device, self.engine, self.version))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A covered row: the scenario that reproduces it and the plan that was measured."""
+    """A covered row.
+
+    Parameters
+    ----------
+    row
+        The row; its metrics are read by nobody but the scorer and the fit.
+    names, client
+        What its names stand for, and how it was loaded.
+    scenario, plan
+        What reproduces it, and the text of the plan measured.
+    rules
+        Scheduling rules in place of the engine version's own (`bench.assumptions`).
+    defaulted
+        Settings that matter and that the row leaves to the engine's default.
+
+    """
 
     row: Row
+    names: Names
+    client: Client
     scenario: Scenario
     plan: str
+    rules: Mapping[str, Any]
+    defaulted: tuple[str, ...]
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster that the row belongs to."""
+        return cluster_of(self.row)
+
+    def problem(self, host: HostConstants | None = None) -> tuple[Problem, Plan]:
+        """The resolved problem and the plan measured.
+
+        Parameters
+        ----------
+        host
+            Host constants in place of the engine version's own.
+
+        Raises
+        ------
+        UncoveredError
+            If the planner knows no such plan, or its engine cannot launch it, or it does not fit.
+
+        """
+        try:
+            problem = resolve(self.scenario, host=host)
+            problem = replace(problem, rules=problem.rules._replace(**self.rules))
+            plan = _parsed(self.plan, problem)
+            rule = broken_rule(problem, plan)
+        except (PlannerError, ValueError) as error:
+            raise UncoveredError(str(error)) from error
+        if rule is not None:
+            raise UncoveredError(rule)
+        return problem, plan
+
+    def predict(self, host: HostConstants | None = None) -> dict[str, float]:
+        """Simulated metrics, named as the columns of ``runs_columns.md``.
+
+        Parameters
+        ----------
+        host
+            Host constants in place of the engine version's own.
+
+        Raises
+        ------
+        UncoveredError
+            If the planner cannot run the plan.
+
+        """
+        problem, plan = self.problem(host)
+        try:
+            run = problem.start(plan, record_gaps=self.row.get("itl_median_ms", "") != "")
+        except ValueError as error:
+            raise UncoveredError(str(error)) from error
+        return self.client.metrics(run.finish(), problem.workload)
 
 
-class UncoveredError(Exception):
-    """A row that the planner cannot simulate; the text says why."""
+def _parsed(text: str, problem: Problem) -> Plan:
+    try:
+        return parse_plan(text, problem.default_limits)
+    except ValueError as error:
+        form = re.sub(r"[0-9]+", "N", text)
+        raise UncoveredError(f"plans of the form {form} are not simulated") from error
 
 
-def read_rows(path: Path, where: dict[str, str]) -> list[Row]:
+def read_rows(path: Path, where: Mapping[str, str]) -> list[Row]:
     """Rows whose columns equal ``where``, in file order."""
     with path.open(newline="", encoding="utf-8") as file:
         return [r for r in csv.DictReader(file) if all(r.get(k) == v for k, v in where.items())]
@@ -45,8 +181,18 @@ def parse_where(text: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def is_scored(row: Mapping[str, str]) -> bool:
+    """Whether a row counts: by ``scorable`` and ``duplicate_of`` alone."""
+    return row.get("scorable") != "no" and not row.get("duplicate_of")
+
+
+def cluster_of(row: Mapping[str, str]) -> Cluster:
+    """The cluster of a row, under the names that the row uses."""
+    return Cluster(row["model"], row["hardware"], row["engine"], row.get("engine_version") or "")
+
+
 def case_of(row: Row, *, kv_cache_dtype: str | None = None, calibration: str | None = None) -> Case:
-    """The scenario of one row.
+    """The case of one row.
 
     Parameters
     ----------
@@ -60,61 +206,97 @@ def case_of(row: Row, *, kv_cache_dtype: str | None = None, calibration: str | N
     Raises
     ------
     UncoveredError
-        When a setting of the row is not modelled.
+        When a name or a setting of the row is not modelled.
+
     """
-    if row["engine"] != "vllm":
-        raise UncoveredError(f"engine {row['engine']}")
-    if row["arrival"] != "closed_loop_burst":
-        raise UncoveredError(f"arrival {row['arrival'] or 'unknown'}")
-    if row["pp"] not in ("", "1") or row["dp"] not in ("", "1") or row["ep"] not in ("", "1"):
-        raise UncoveredError("pipeline, data or expert parallel")
-    if row["spec_decode"] not in ("", "none"):
+    if row.get("spec_decode", "") not in ("", "none"):
         raise UncoveredError("speculative decoding")
-    if row["weight_dtype"] not in _DTYPES:
-        raise UncoveredError(f"weight dtype {row['weight_dtype'] or 'unknown'}")
-    kv_dtype = kv_cache_dtype or row["kv_cache_dtype"] or "auto"
-    tp, concurrency = _whole(row, "tp"), _whole(row, "load")
+    client = client_of(row)
+    release = resolve_names(row).release
+    assumed = assumed_of(row, client, release)
+    if client.concurrency:
+        client = replace(client, concurrency=client.concurrency + assumed.more_in_flight)
+    kv_cache_dtype = kv_cache_dtype or assumed.kv_cache_dtype
+    names = resolve_names(
+        {**row, "kv_cache_dtype": kv_cache_dtype or row.get("kv_cache_dtype", "")}
+    )
+    engine: dict[str, Any] = {"name": names.release.engine, "version": names.release.version}
+    engine |= _settings(row, client, names.release.engine)
+    if calibration is not None:
+        engine["calibration"] = calibration
+    tp, plan = _plan(row)
+    longest = max(_count(row, "max_model_len"), client.longest_tokens)
     data: dict[str, Any] = {
         "schema_version": 1,
-        "model": {
-            "config": row["model"],
-            "weight_dtype": row["weight_dtype"],
-            "kv_cache_dtype": kv_dtype,
-            "max_model_len": _whole(row, "max_model_len"),
+        "model": names.checkpoint.reaching(longest).section(longest),
+        "cluster": {
+            "pools": [{"device": names.device, "nodes": 1, "devices_per_node": _devices(row, tp)}]
         },
-        "cluster": {"pools": [{"device": row["hardware"], "nodes": 1, "devices_per_node": tp}]},
-        "engine": {
-            "name": row["engine"],
-            "version": row["engine_version"],
-            "max_num_seqs": _whole(row, "max_num_seqs"),
-            "max_num_batched_tokens": _whole(row, "max_num_batched_tokens"),
-        },
-        "workload": {
-            "input_tokens": _range(row, "input_len"),
-            "output_tokens": _range(row, "output_len"),
-            "num_requests": _whole(row, "num_prompts"),
-            "concurrency": concurrency,
-        },
+        "engine": engine,
+        "workload": client.workload(),
         "objective": {"minimize": "mean_e2e"},
-        "search": {"space": {"tp": [tp], "replicas": [1]}},
+        "search": {"space": {"tp": [tp], "replicas": [max(_count(row, "dp"), 1)]}},
     }
-    if row["memory_fraction"]:
-        data["engine"]["gpu_memory_utilization"] = float(row["memory_fraction"])
-    if row["block_size"]:
-        data["engine"]["block_size"] = _whole(row, "block_size")
-    if calibration is not None:
-        data["engine"]["calibration"] = calibration
     try:
-        return Case(row, Scenario.model_validate(data), f"tp{tp}")
+        scenario = Scenario.model_validate(data)
     except PlannerError as error:
         raise UncoveredError(str(error)) from error
+    defaulted = [column for column in _FLAGGED if not row.get(column)]
+    return Case(
+        row=row,
+        names=names,
+        client=client,
+        scenario=scenario,
+        plan=plan,
+        rules=assumed.rules,
+        defaulted=(*defaulted, *client.assumed),
+    )
 
 
-def _whole(row: Row, column: str) -> int:
-    if not row[column]:
-        raise UncoveredError(f"{column} unknown")
-    return int(float(row[column]))
+def _settings(row: Row, client: Client, engine: str) -> dict[str, Any]:
+    """The engine's settings that the row states, under the engine's own names."""
+    out: dict[str, Any] = {}
+    for column, (setting, kind) in _SETTINGS[engine].items():
+        text = row.get(column, "").strip()
+        if not text:
+            continue
+        if kind == "count":
+            out[setting] = _count(row, column)
+        elif kind == "share":
+            out[setting] = float(text)
+        else:
+            out[setting] = text == "on" if kind == "switch" else text
+    if engine == "trtllm" and {"max_batch_size", "max_num_tokens"} <= out.keys():
+        # Every running request takes a token of each step: no more run than the budget has tokens.
+        out["max_batch_size"] = min(out["max_batch_size"], out["max_num_tokens"])
+    if client.arrival == "static_batch":
+        # A static batch is computed whole: its prompts are one step.
+        column = "chunked_prefill_size" if engine == "sglang" else "max_num_batched_tokens"
+        out.setdefault(_SETTINGS[engine][column][0], client.requests * client.longest_tokens)
+        if engine == "trtllm":
+            out["capacity_scheduler_policy"] = "static_batch"
+    return out
 
 
-def _range(row: Row, stem: str) -> dict[str, int]:
-    return {"min": _whole(row, f"{stem}_min"), "max": _whole(row, f"{stem}_max")}
+def _plan(row: Row) -> tuple[int, str]:
+    """Tensor-parallel width, and the plan's text as ``design.md`` spells plans."""
+    tp, pp, dp, ep = (max(_count(row, column), 1) for column in ("tp", "pp", "dp", "ep"))
+    if row.get("attention_dp") == "on":
+        raise UncoveredError("attention data parallelism is not simulated")
+    if ep > 1 or row.get("expert_parallel") == "on":
+        raise UncoveredError("expert parallelism is not simulated")
+    text = f"{dp}x" if dp > 1 else ""
+    return tp, f"{text}tp{tp}" + (f"pp{pp}" if pp > 1 else "")
+
+
+def _devices(row: Row, tp: int) -> int:
+    return tp * max(_count(row, "pp"), 1) * max(_count(row, "dp"), 1)
+
+
+def _count(row: Row, column: str) -> int:
+    """A whole number, or 0 where the row is silent."""
+    text = row.get(column) or ""
+    try:
+        return int(float(text)) if text else 0
+    except ValueError:
+        raise UncoveredError(f"{column} is {text}") from None

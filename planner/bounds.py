@@ -15,32 +15,30 @@ formula, so a new calibration or table cannot break them. They rest on these fac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simulator.compiled import compiled
-from simulator.metrics import Latencies
+from simulator.metrics import Latencies, latencies
 from simulator.state import (
     ARRIVAL,
     COMPUTED,
-    EVENT,
     FINISH,
     FIRST_TOKEN,
     GENERATED,
-    NEVER_S,
+    NEVER_PS,
     OUTPUT,
     PROMPT,
     REPLICA,
 )
-from simulator.timing import decode_attention_s, iteration_s
+from simulator.timing import decode_attention_ps, in_s, iteration_ps
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from simulator.run import Run
     from simulator.timing import IterationCost
-    from simulator.workload import Workload
 
     Floats = npt.NDArray[np.float64]
     Ints = npt.NDArray[np.int64]
@@ -50,26 +48,30 @@ _CONTEXTS_PER_OCTAVE = 4
 next smaller one is held, which fact 1 makes a bound."""
 
 
+_ROUNDING = 1.0 - 1e-12
+"""Sums of a few floating-point numbers are off by parts in 1e15; bounds stay below the truth."""
+
+
 @compiled
 def _decode_floors(
-    cost: IterationCost, contexts: Ints, recompute_s: Floats, seqs: int, floors_s: Floats
+    cost: IterationCost, contexts: Ints, recompute_ps: Ints, seqs: int, floors_ps: Ints
 ) -> None:
-    """Fill ``floors_s`` with the least time of an iteration that emits a token at each context.
+    """Fill ``floors_ps`` with the least time of an iteration that emits a token at each context.
 
     Either the request decodes, among any number of others with at least one token each, or it
-    recomputes its whole context after a preemption, which takes ``recompute_s`` of attention.
+    recomputes its whole context after a preemption, which takes ``recompute_ps`` of attention.
     """
     for i in range(contexts.size):
         context = contexts[i]
-        least = iteration_s(cost, 1, 0, 0, recompute_s[context], 1, True)
+        least = iteration_ps(cost, 0, 1, 0, 0, recompute_ps[context], 1, True)
         for batch in range(1, seqs + 1):
-            time_s = iteration_s(cost, batch, batch, context + batch - 1, 0.0, 1, False)
-            least = min(least, time_s)
-        floors_s[i] = least
+            time_ps = iteration_ps(cost, 0, batch, batch, context + batch - 1, 0, 1, False)
+            least = min(least, time_ps)
+        floors_ps[i] = least
 
 
 @compiled
-def _lower_hull(values: Floats, corners: Ints) -> int:
+def _lower_hull(values: Ints, corners: Ints) -> int:
     """Corners of the lower convex hull of ``(t, values[t])`` for t >= 1; their number."""
     used = 0
     for t in range(1, values.size):
@@ -85,74 +87,86 @@ def _lower_hull(values: Floats, corners: Ints) -> int:
 
 @dataclass(frozen=True)
 class CostFloors:
-    """Least times that follow from one iteration cost under one token budget.
+    """Least times that follow from one iteration cost under one token budget; picoseconds.
 
     Parameters
     ----------
     budget_tokens
         Token budget of one iteration.
-    prompt_s
+    prompt_ps
         (L + 1,) least time from admission to first token of a prompt of ``l`` tokens.
-    prompt_work_s
+    prompt_work_ps
         (L + 1,) least share of the replica's time that such a prompt takes, however batched.
-    decode_s
+    decode_ps
         (L + 2,) running sum of the least time per emitted token: tokens emitted at contexts
-        ``a .. b - 1`` take at least ``decode_s[b] - decode_s[a]``.
+        ``a .. b - 1`` take at least ``decode_ps[b] - decode_ps[a]``.
     """
 
     budget_tokens: int
-    prompt_s: Floats
-    prompt_work_s: Floats
-    decode_s: Floats
+    prompt_ps: Ints
+    prompt_work_ps: Ints
+    decode_ps: Ints
 
     @classmethod
     def of(cls, cost: IterationCost, budget_tokens: int, seqs: int) -> CostFloors:
         """Derive the floors of ``cost`` for a budget and a number of seats."""
-        longest = len(cost.prefill_s) - 1
-        budget = min(budget_tokens, len(cost.mixed_s) - 1)
-        mixed_s = cost.mixed_s[: budget + 1]
+        longest = cost.max_context
+        budget = min(budget_tokens, cost.max_tokens)
+        mixed_ps, prefill_ps = cost.mixed_ps[0, : budget + 1], cost.prefill_ps[0]
         tokens = np.arange(1, budget + 1)
-        per_token_s = mixed_s[1:] / tokens
-        cheapest = int(np.argmin(per_token_s)) + 1
-        least_per_token_s = float(per_token_s[cheapest - 1])
-        each_s = float(decode_attention_s(cost, 0, 0)) + cost.iteration_host_s
+        per_token_ps = mixed_ps[1:] / tokens
+        cheapest = int(np.argmin(per_token_ps)) + 1
+        least_per_token_ps = float(per_token_ps[cheapest - 1])
+        each_ps = int(decode_attention_ps(cost, 0, 0, 0) + cost.host_ps[0])
         lengths = np.arange(longest + 1)
 
         # One chunk costs its own time. k chunks of together l tokens cost at least k times the
         # hull at l / k, and beyond its cheapest point at least its cheapest rate.
         corners = np.zeros(budget, np.int64)
-        used = _lower_hull(mixed_s, corners)
+        used = _lower_hull(mixed_ps, corners)
         corners = corners[:used]
         chunks = np.maximum(2, -(-lengths // budget))
         share = lengths / chunks
-        hull_s = np.interp(share, corners, mixed_s[corners])
-        hull_s = np.where(share > cheapest, least_per_token_s * share, hull_s)
-        split_s = chunks * (hull_s + each_s)
-        whole_s = np.full(longest + 1, np.inf)
+        hull_ps = np.interp(share, corners, mixed_ps[corners])
+        hull_ps = np.where(share > cheapest, least_per_token_ps * share, hull_ps)
+        split_ps = chunks * (hull_ps + each_ps)
+        whole_ps = np.full(longest + 1, np.inf)
         fits = min(budget, longest)
-        whole_s[: fits + 1] = mixed_s[: fits + 1] + each_s
-        prompt_s = np.minimum(whole_s, split_s) + cost.prefill_s + cost.sampled_s[1]
+        whole_ps[: fits + 1] = mixed_ps[: fits + 1] + each_ps
+        prompt_ps = _down(np.minimum(whole_ps, split_ps)) + prefill_ps + cost.sampled_ps[0, 1]
 
-        work_s = (least_per_token_s + each_s / budget) * lengths + cost.prefill_s
-        return cls(budget, prompt_s, work_s, _decode_sums_s(cost, seqs, longest))
+        work_ps = _down((least_per_token_ps + each_ps / budget) * lengths) + prefill_ps
+        return cls(budget, prompt_ps, work_ps, _decode_sums_ps(cost, seqs, longest))
+
+    @classmethod
+    def none(cls, cost: IterationCost) -> CostFloors:
+        """Floors that say nothing: for what the facts above do not cover."""
+        zeros = np.zeros(cost.max_context + 2, np.int64)
+        return cls(cost.max_tokens, zeros[:-1], zeros[:-1], zeros)
 
 
-def _decode_sums_s(cost: IterationCost, seqs: int, longest: int) -> Floats:
+def _down(bound_ps: npt.NDArray[np.floating[Any]]) -> Ints:
+    """Whole picoseconds below a bound computed in floating point."""
+    return np.maximum(0, np.floor(bound_ps * _ROUNDING)).astype(np.int64)
+
+
+def _decode_sums_ps(cost: IterationCost, seqs: int, longest: int) -> Ints:
     octaves = int(np.ceil(np.log2(max(2, longest))))
     steps = np.arange(octaves * _CONTEXTS_PER_OCTAVE + 1) / _CONTEXTS_PER_OCTAVE
     contexts = np.unique(np.round(2.0**steps).astype(np.int64))
     contexts = contexts[contexts <= longest]
-    floors_s = np.zeros(len(contexts))
-    rows = min(seqs, len(cost.attention_s) - 1, len(cost.decode_s) - 1)
+    floors_ps = np.zeros(len(contexts), np.int64)
+    rows = min(seqs, cost.max_seqs, cost.max_tokens)
     # A recomputed chunk of one token counts as decode and leaves its share of prompt attention
     # unpaid, but takes an iteration of its own. Only where that iteration is not the dearer of the
     # two is the recomputation's attention left out of the bound.
-    own_iteration_s = float(cost.decode_s[1] + cost.attention_s[0, 0])
-    dearer = bool(np.diff(cost.prefill_s).max() <= own_iteration_s)
-    recompute_s = cost.prefill_s if dearer else np.zeros_like(cost.prefill_s)
-    _decode_floors(cost, contexts, recompute_s, rows, floors_s)
-    held = floors_s[np.searchsorted(contexts, np.arange(1, longest + 1), side="right") - 1]
-    return np.concatenate([[0.0, 0.0], np.cumsum(held)])
+    own_iteration_ps = cost.decode_ps[0, 1] + cost.attention_ps[0, 0, 0]
+    prefill_ps = cost.prefill_ps[0]
+    dearer = bool(np.diff(prefill_ps).max() <= own_iteration_ps)
+    recompute_ps = prefill_ps if dearer else np.zeros_like(prefill_ps)
+    _decode_floors(cost, contexts, recompute_ps, rows, floors_ps)
+    held = floors_ps[np.searchsorted(contexts, np.arange(1, longest + 1), side="right") - 1]
+    return np.concatenate([np.zeros(2, np.int64), np.cumsum(held)])
 
 
 @dataclass(frozen=True)
@@ -166,51 +180,50 @@ class Bounds:
 @compiled
 def _from_state(
     request: Ints,
-    time_s: Floats,
-    clock_s: Floats,
-    ingress_s: float,
-    prompt_s: Floats,
-    work_s: Floats,
-    decode_s: Floats,
-    done_s: Floats,
-    first_s: Floats,
-    last_s: Floats,
+    time_ps: Ints,
+    event_ps: Ints,
+    ingress_ps: int,
+    prompt_ps: Ints,
+    work_ps: Ints,
+    decode_ps: Ints,
+    done_ps: Ints,
+    first_ps: Ints,
+    last_ps: Ints,
 ) -> None:
-    """Fill ``first_s`` and ``last_s`` with bounds on latencies from arrival to first, last token.
+    """Fill ``first_ps`` and ``last_ps`` with bounds from arrival to first and last token.
 
     Whatever has happened counts exactly. Nothing else happens before the replica's next event;
-    prompts not yet computed follow one another in order of arrival (fact 2). ``done_s``, (R,), is
+    prompts not yet computed follow one another in order of arrival (fact 2). ``done_ps``, (R,), is
     scratch: when each replica can have computed the prompts seen so far.
     """
-    for r in range(done_s.size):
-        idle = clock_s[r, EVENT] == NEVER_S
-        done_s[r] = 0.0 if idle else clock_s[r, EVENT]
+    for r in range(done_ps.size):
+        done_ps[r] = 0 if event_ps[r] == NEVER_PS else event_ps[r]
     for i in range(request.shape[0]):
         r = request[i, REPLICA]
         prompt, output = request[i, PROMPT], request[i, OUTPUT]
         generated = request[i, GENERATED]
-        arrival = time_s[i, ARRIVAL]
-        if time_s[i, FINISH] != NEVER_S:
-            first_s[i] = time_s[i, FIRST_TOKEN] - arrival
-            last_s[i] = time_s[i, FINISH] - arrival
+        arrival = time_ps[i, ARRIVAL]
+        if time_ps[i, FINISH] != NEVER_PS:
+            first_ps[i] = time_ps[i, FIRST_TOKEN] - arrival
+            last_ps[i] = time_ps[i, FINISH] - arrival
             continue
-        if arrival == NEVER_S:  # a closed-loop request not sent yet
-            first_s[i] = ingress_s + prompt_s[prompt]
-            last_s[i] = first_s[i] + decode_s[prompt + output] - decode_s[prompt + 1]
+        if r < 0:  # not sent, or not routed yet
+            first_ps[i] = ingress_ps + prompt_ps[prompt]
+            last_ps[i] = first_ps[i] + decode_ps[prompt + output] - decode_ps[prompt + 1]
             continue
         if generated > 0:
-            first_s[i] = time_s[i, FIRST_TOKEN] - arrival
-            rest_s = decode_s[prompt + output] - decode_s[prompt + generated + 1]
-            last_s[i] = clock_s[r, EVENT] + rest_s - arrival
+            first_ps[i] = time_ps[i, FIRST_TOKEN] - arrival
+            rest_ps = decode_ps[prompt + output] - decode_ps[prompt + generated + 1]
+            last_ps[i] = event_ps[r] + rest_ps - arrival
             continue
-        visible = arrival + ingress_s
+        visible = arrival + ingress_ps
         computed = min(request[i, COMPUTED], prompt)
-        done_s[r] = max(done_s[r], visible) + work_s[prompt] - work_s[computed]
-        first_s[i] = done_s[r] - arrival
+        done_ps[r] = max(done_ps[r], visible) + work_ps[prompt] - work_ps[computed]
+        first_ps[i] = done_ps[r] - arrival
         if computed == 0:
-            start = max(clock_s[r, EVENT], visible) if clock_s[r, EVENT] != NEVER_S else visible
-            first_s[i] = max(first_s[i], start + prompt_s[prompt] - arrival)
-        last_s[i] = first_s[i] + decode_s[prompt + output] - decode_s[prompt + 1]
+            start = max(event_ps[r], visible) if event_ps[r] != NEVER_PS else visible
+            first_ps[i] = max(first_ps[i], start + prompt_ps[prompt] - arrival)
+        last_ps[i] = first_ps[i] + decode_ps[prompt + output] - decode_ps[prompt + 1]
 
 
 def run_bounds(run: Run, floors: CostFloors) -> Bounds:
@@ -224,32 +237,21 @@ def run_bounds(run: Run, floors: CostFloors) -> Bounds:
         Floors of its cost, or of a cost that is nowhere above it.
     """
     state, workload = run.state, run.workload
-    first_s, last_s = np.zeros(workload.num_requests), np.zeros(workload.num_requests)
+    first_ps, last_ps = (np.zeros(workload.num_requests, np.int64) for _ in range(2))
     _from_state(
         state.request,
-        state.time_s,
-        state.clock_s,
-        run.limits.ingress_s,
-        floors.prompt_s,
-        floors.prompt_work_s,
-        floors.decode_s,
-        np.zeros(len(state.clock_s)),
-        first_s,
-        last_s,
+        state.time_ps,
+        state.event_ps,
+        run.limits.ingress_ps,
+        floors.prompt_ps,
+        floors.prompt_work_ps,
+        floors.decode_ps,
+        np.zeros(len(state.event_ps), np.int64),
+        first_ps,
+        last_ps,
     )
-    return Bounds(_latencies(first_s, last_s, workload), _makespan_s(run, first_s, last_s))
-
-
-def _latencies(first_s: Floats, last_s: Floats, workload: Workload) -> Latencies:
-    gaps = workload.output_tokens - 1
-    with np.errstate(invalid="ignore", divide="ignore"):
-        tpot_s = np.where(gaps > 0, (last_s - first_s) / gaps, np.nan)
-    return Latencies(first_s, tpot_s, last_s)
-
-
-def _makespan_s(run: Run, first_s: Floats, last_s: Floats) -> float:
-    """The last finish of any request whose arrival is known, from the first arrival."""
-    arrival_s = run.state.time_s[:, ARRIVAL]
-    known = arrival_s != NEVER_S
-    ends_s = arrival_s[known] + last_s[known]
-    return float(ends_s.max() - arrival_s[known].min())
+    values = latencies(np.zeros_like(first_ps), first_ps, last_ps, workload.output_tokens)
+    arrival_ps = state.time_ps[:, ARRIVAL]
+    known = arrival_ps != NEVER_PS
+    ends_ps = arrival_ps[known] + last_ps[known]
+    return Bounds(values, float(in_s(ends_ps.max() - arrival_ps[known].min())))

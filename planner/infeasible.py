@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from planner.engine_settings import OWN_NAMES
 from planner.objective import TICKS_PER_S, ExcessObjective, Outcome
 from planner.search import Search
 from planner.space import DEVICES, KV_CACHE, WEIGHTS, broken_rule, can_launch, explain_rule
@@ -99,8 +100,9 @@ def _memory_changes(problem: Problem, plan: Plan) -> list[str]:
         changes.append(f"engine.num_gpu_blocks: {problem.full_request_blocks(plan.tp)}")
         return changes
     share = problem.needed_bytes(plan.tp, plan.limits) / problem.device.memory_bytes
-    if share <= 1.0:
-        changes.append(f"engine.gpu_memory_utilization: {-(-share * 1000 // 1) / 1000:g}")
+    if share <= 1.0 and problem.memory_rules.accounting == "share_of_device":
+        setting = OWN_NAMES[problem.engine.name]["memory_fraction"]
+        changes.append(f"engine.{setting}: {-(-share * 1000 // 1) / 1000:g}")
     for tp in problem.compiler.widths:
         fits = _missing_bytes(problem, Plan(1, tp, plan.limits)) <= 0
         if tp > plan.tp and fits and can_launch(problem, tp, plan.limits, on_any_node=True):

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from planner.io.devices import device_names, device_warnings, load_device, measured_device
-from planner.io.engines import engine_versions
+from planner.io.engines import engine_versions, load_engine
 from planner.io.hf_config import read_model
 from planner.io.interconnects import interconnect_names, load_interconnect
 from planner.io.models import catalogue
 from planner.io.profiles import available_kernel_tables
+from simulator.rules import POLICIES
 from simulator.units import GIB
 from simulator.weights import active_parameter_count, parameter_count
 
@@ -74,8 +75,20 @@ def models() -> list[Row]:
 
 
 def engines() -> list[Row]:
-    """Every engine version whose rules ship."""
-    return [{"engine": name, "version": version} for name, version in engine_versions()]
+    """Every engine version whose rules ship, its policy and where its constants come from."""
+    rows: list[Row] = []
+    for name, version in engine_versions():
+        profile = load_engine(name, version)
+        rows.append(
+            {
+                "engine": name,
+                "version": version,
+                "policy": POLICIES[profile.rules(0).policy],
+                "kernel_times": profile.kernel_table_version,
+                "host_constants": "own" if not profile.host_warnings else "transferred",
+            }
+        )
+    return rows
 
 
 def interconnects() -> list[Row]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from simulator.kv_layout import KvLayout, kv_layout
-from simulator.memory import NULL_BLOCKS, MemoryBudget, memory_budget
+from simulator.memory import MemoryBudget, memory_budget
 from simulator.run import Run
 from simulator.state import Limits
+from simulator.timing import in_ps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from simulator.memory import MemoryRules
     from simulator.model import ModelShape
     from simulator.plan import BatchingLimits, Plan
+    from simulator.rules import Rules
     from simulator.workload import Workload
 
 
@@ -76,6 +78,8 @@ class Problem:
         The requests.
     default_limits
         The engine's own batching limits on this device.
+    rules
+        The engine's batching rules.
     compiler
         Maker of iteration costs.
     ingress_s
@@ -102,6 +106,7 @@ class Problem:
     max_model_len: int
     workload: Workload
     default_limits: BatchingLimits
+    rules: Rules
     compiler: CostCompiler
     ingress_s: float
     space: SearchSpace
@@ -111,6 +116,17 @@ class Problem:
     goodput_limits_s: Mapping[str, float]
     provenance: Mapping[str, object]
     warnings: tuple[str, ...]
+
+    @property
+    def longest_prefill(self) -> int:
+        """Most tokens that one request can have to compute at once, where prompts are not cut.
+
+        A request that was preempted computes its output so far again.
+        """
+        longest = self.workload.prompt_tokens
+        if self.rules.evict:
+            longest = longest + self.workload.output_tokens - 1
+        return int(longest.max())
 
     def replicas_that_fit(self, tp: int) -> int:
         """Replicas that the pool holds: several to a node, or each on nodes of its own."""
@@ -150,7 +166,7 @@ class Problem:
     def needed_bytes(self, tp: int, limits: BatchingLimits) -> int:
         """Bytes per rank of weights, activations, overhead and the KV of one full request."""
         budget = self.memory(tp, limits)
-        pages = self.full_request_blocks(tp) + NULL_BLOCKS
+        pages = self.full_request_blocks(tp) + self.memory_rules.null_blocks
         return budget.fixed_bytes + pages * budget.block_bytes
 
     def replica_limits(self, plan: Plan) -> Limits:
@@ -161,8 +177,7 @@ class Problem:
             max_num_batched_tokens=plan.limits.max_num_batched_tokens,
             num_blocks=self.blocks(plan.tp, plan.limits),
             block_tokens=layout.block_tokens,
-            reserve_full_prompt=self.engine.reserve_full_prompt,
-            ingress_s=self.ingress_s,
+            ingress_ps=int(in_ps(self.ingress_s)),
             growing=layout.growing,
             windowed=layout.windowed,
             window_blocks=layout.window_blocks,
@@ -177,6 +192,7 @@ class Problem:
             plan.replicas,
             self.replica_limits(plan),
             cost,
+            self.rules,
             record_gaps=record_gaps,
         )
 

@@ -224,7 +224,7 @@ def run_metrics(problem: Problem, plan: Plan, result: RunResult) -> dict[str, fl
     out["iterations"] = result.iterations
     out["peak_running"] = usage.seats
     out["peak_kv_usage"] = usage.blocks / problem.blocks(plan.tp, plan.limits)
-    out["overloaded"] = overloaded(result.values, result.arrival_s)
+    out["overloaded"] = overloaded(result.values, result.arrival_s, problem.workload)
     if problem.price_per_hour is not None:
         tokens_per_hour = out["output_throughput"] * 3600
         cost = problem.price_per_hour * plan.devices

@@ -23,17 +23,22 @@ from planner.requests import digest_of, requests_of
 from planner.topology import pool_fabric
 from simulator.cost import CostCompiler
 from simulator.engine_rules import HostConstants
-from simulator.memory import MemoryRules
+from simulator.kv_layout import kv_layout
 from simulator.plan import BatchingLimits
 from simulator.precision import PRECISIONS
+from simulator.rules import VLLM_V1
 from simulator.units import MS_PER_S
 from simulator.weights import layer_weights
 
 if TYPE_CHECKING:
+    from planner.engine_settings import EngineSettings
     from planner.scenario import Scenario
     from planner.scenario_sections import PoolSpec
     from simulator.device import Device
+    from simulator.kv_layout import KvLayout
     from simulator.model import ModelShape
+    from simulator.rules import Rules
+    from simulator.workload import Workload
 
 SEMANTICS_VERSION = 1
 """Version of what a simulated run means; figures of different versions do not compare."""
@@ -72,9 +77,27 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         source=source,
         field="cluster.pools.0",
     )
-    defaults = engine.default_limits(device)
-    space = _space(scenario)
-    workload, digest, warnings = requests_of(scenario, max_model_len)
+    settings = spec.settings
+    rules = engine.rules(max_model_len, settings)
+    defaults = engine.default_limits(device, max_model_len, settings)
+    limits = BatchingLimits(
+        settings.max_num_seqs or defaults.max_num_seqs,
+        settings.max_num_batched_tokens or defaults.max_num_batched_tokens,
+    )
+    whole_prompts = not rules.chunked and engine.budget_grows_to_context
+    if whole_prompts and limits.max_num_batched_tokens < max_model_len:
+        raise InputError(
+            source=source,
+            field="engine.max_num_batched_tokens",
+            value=limits.max_num_batched_tokens,
+            rule=f"must be at least max_model_len ({max_model_len}) where prompts are not cut",
+        )
+    space = _space(scenario, limits.max_num_batched_tokens if whole_prompts else 1)
+    memory = engine.memory_rules(device, settings)
+    shared = memory.block_tokens if rules.prefix_caching and rules.policy == VLLM_V1 else 0
+    workload, digest, warnings = requests_of(scenario, max_model_len, shared)
+    layout = kv_layout(model, 1, memory.block_tokens, memory.state_dtype)
+    rules = _with_cache(rules, settings, workload, layout, warnings)
     warnings.extend(device_warnings(device.name))
     warnings.extend(engine.warnings)
     notes = engine.precision_notes
@@ -88,16 +111,18 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
     else:
         host = engine.host
         warnings.extend(engine.host_warnings)
+    max_seqs = max(*space.max_num_seqs, defaults.max_num_seqs)
     compiler = CostCompiler(
         model,
         device,
         table,
         host,
-        engine.graphs,
+        engine.graphs_on(device),
         fabric=fabric,
         nccl_all_reduce_from_bytes=engine.nccl_all_reduce_from_bytes,
-        max_tokens=max(*space.max_num_batched_tokens, defaults.max_num_batched_tokens),
-        max_seqs=max(*space.max_num_seqs, defaults.max_num_seqs),
+        # SGLang's budget counts prompts only, so its decode batches may be larger.
+        max_tokens=max(*space.max_num_batched_tokens, defaults.max_num_batched_tokens, max_seqs),
+        max_seqs=max_seqs,
         max_context=max_model_len,
     )
     return Problem(
@@ -110,22 +135,13 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         fabric=fabric,
         quantized_at_load=_is_quantized_at_load(scenario, model),
         price_per_hour=price,
-        memory_rules=MemoryRules(
-            memory_fraction=spec.gpu_memory_utilization or engine.memory_fraction,
-            overhead_bytes=engine.overhead_bytes,
-            graph_bytes=engine.graph_bytes,
-            block_tokens=spec.block_size or engine.block_tokens,
-            logit_bytes=engine.logit_bytes,
-            state_dtype=engine.state_dtype,
-        ),
+        memory_rules=memory,
         num_blocks=spec.num_gpu_blocks,
         max_model_len=max_model_len,
         workload=workload,
-        default_limits=BatchingLimits(
-            spec.max_num_seqs or defaults.max_num_seqs,
-            spec.max_num_batched_tokens or defaults.max_num_batched_tokens,
-        ),
+        default_limits=limits,
         compiler=compiler,
+        rules=rules,
         ingress_s=host.ingress_s,
         space=space,
         search_limits=SearchLimits(scenario.search.time_limit_s, scenario.search.work_limit),
@@ -152,6 +168,32 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         },
         warnings=tuple(warnings),
     )
+
+
+def _with_cache(
+    rules: Rules,
+    settings: EngineSettings,
+    workload: Workload,
+    layout: KvLayout,
+    warnings: list[str],
+) -> Rules:
+    """The rules with the prefix cache only where it is modelled and can matter.
+
+    Without known content it would only let preempted requests find some of their own blocks; it
+    is then left out unless the scenario asks for it, since the jump engine is faster without.
+    """
+    if not rules.prefix_caching:
+        return rules
+    asked = bool(settings.prefix_caching)
+    plain = layout.growing == 1 and layout.windowed == layout.fixed == 0
+    modelled = rules.policy == VLLM_V1 and plain
+    if (asked or workload.block_tokens) and not modelled:
+        warnings.append(
+            "the prefix cache is left out: it is modelled for vLLM's V1 scheduler and models whose "
+            "layers all keep every token"
+        )
+    wanted = modelled and (asked or workload.block_tokens > 0)
+    return rules._replace(prefix_caching=wanted)
 
 
 def _device(scenario: Scenario) -> Device:
@@ -201,15 +243,17 @@ def _max_model_len(scenario: Scenario, model: ModelShape) -> int:
     return asked or model.max_position_embeddings
 
 
-def _space(scenario: Scenario) -> SearchSpace:
-    pool, spec, engine = scenario.cluster.pools[0], scenario.search.space, scenario.engine
+def _space(scenario: Scenario, least_tokens: int) -> SearchSpace:
+    """Values to choose from; token budgets below ``least_tokens`` would not start."""
+    pool, spec = scenario.cluster.pools[0], scenario.search.space
+    settings = scenario.engine.settings
+    pinned_seqs, pinned_tokens = settings.max_num_seqs, settings.max_num_batched_tokens
+    tokens = tuple(n for n in spec.max_num_batched_tokens if n >= least_tokens) or (least_tokens,)
     return SearchSpace(
         tp=spec.tp or _widths(pool),
         replicas=spec.replicas or tuple(range(1, pool.num_devices + 1)),
-        max_num_seqs=(engine.max_num_seqs,) if engine.max_num_seqs else spec.max_num_seqs,
-        max_num_batched_tokens=(engine.max_num_batched_tokens,)
-        if engine.max_num_batched_tokens
-        else spec.max_num_batched_tokens,
+        max_num_seqs=(pinned_seqs,) if pinned_seqs else spec.max_num_seqs,
+        max_num_batched_tokens=(pinned_tokens,) if pinned_tokens else tokens,
     )
 
 

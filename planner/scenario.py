@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from planner.engine_settings import OWN_NAMES
 from planner.errors import NO_VALUE, InputError, nearest
 from planner.io.yaml_file import read_mapping
 from planner.scenario_errors import refuse, to_input_error
@@ -98,11 +99,12 @@ class Scenario(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Scenario:
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
-            pinned = getattr(self.engine, name)
+        own = OWN_NAMES.get(self.engine.name, {})
+        for name in ("max_num_seqs", "max_num_batched_tokens") if own else ():
+            pinned = getattr(self.engine.settings, name)
             if pinned is not None and name in self.search.space.model_fields_set:
                 refuse(
-                    f"is pinned by engine.{name} ({pinned}): keep one of the two",
+                    f"is pinned by engine.{own[name]} ({pinned}): keep one of the two",
                     at=f"search.space.{name}",
                 )
         return self

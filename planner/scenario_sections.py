@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
+from planner.engine_settings import (
+    CHUNKING_OFF,
+    OWN_NAMES,
+    EngineSettings,
+    counterpart,
+    owners,
+)
 from planner.scenario_errors import refuse
 
 MAX_INT = 2**31 - 1
@@ -13,6 +29,27 @@ MAX_INT = 2**31 - 1
 
 Count = Annotated[int, Field(strict=True, gt=0, le=MAX_INT)]
 PositiveFloat = Annotated[float, Field(strict=True, gt=0, le=1e12, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
+
+
+def _check_flag(value: object) -> object:
+    if not isinstance(value, bool) and value is not None:
+        refuse("must be true or false")
+    return value
+
+
+Flag = Annotated[bool, BeforeValidator(_check_flag)]
+
+
+def _check_chunk(value: int) -> int:
+    if value == 0:
+        refuse(f"must be greater than 0, or {CHUNKING_OFF} to switch chunking off")
+    return value
+
+
+ChunkSize = Annotated[
+    int, Field(strict=True, ge=CHUNKING_OFF, le=MAX_INT), AfterValidator(_check_chunk)
+]
 
 
 def _check_values(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -92,30 +129,97 @@ class ClusterSpec(Section):
     """Pools of devices; exactly one in this version."""
 
 
+_FIRST_ENGINE_FIELDS: Final = (
+    "gpu_memory_utilization",
+    "block_size",
+    "num_gpu_blocks",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "calibration",
+)
+"""Fields that are written out even where they are not set."""
+
+
 class EngineSpec(Section):
-    """The serving engine and the settings that the planner shall not choose itself."""
+    """The serving engine and the settings that the planner shall not choose itself.
+
+    Settings have the engine's own names; another engine's are refused.
+    """
 
     name: Annotated[str, Field(min_length=1)]
-    """Engine, for example ``vllm``."""
+    """Engine: ``vllm``, ``sglang`` or ``trtllm``."""
     version: Annotated[str, Field(min_length=1)]
     """Its version, as text."""
-    gpu_memory_utilization: (
-        Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None
-    ) = None
-    """Fraction of device memory that the engine may claim; ``None``: its default."""
+    gpu_memory_utilization: Fraction | None = None
+    """vLLM: fraction of device memory that the engine may claim; ``None``: its default."""
     block_size: Count | None = None
-    """Tokens per KV block; ``None``: the engine's default."""
+    """vLLM: tokens per KV block; ``None``: the engine's default."""
     num_gpu_blocks: Count | None = None
     """Measured number of KV blocks, used instead of the memory model."""
     max_num_seqs: Count | None = None
-    """Pins the largest number of running sequences."""
+    """vLLM: pins the largest number of running sequences."""
     max_num_batched_tokens: Count | None = None
-    """Pins the token budget of one iteration."""
+    """vLLM: pins the token budget of one iteration."""
+    enable_chunked_prefill: Flag | None = None
+    """vLLM: whether prompts are cut into chunks; ``None``: its default."""
+    enable_prefix_caching: Flag | None = None
+    """vLLM: whether finished prefixes are used again; ``None``: its default."""
+    max_running_requests: Count | None = None
+    """SGLang: pins the largest number of running requests."""
+    chunked_prefill_size: ChunkSize | None = None
+    """SGLang: pins the prompt tokens of one batch; -1 switches chunking off."""
+    max_prefill_tokens: Count | None = None
+    """SGLang: most prompt tokens of one batch beside the chunk; ``None``: its default."""
+    mem_fraction_static: Fraction | None = None
+    """SGLang: fraction of free memory for weights and KV pool; ``None``: its own formula."""
+    page_size: Count | None = None
+    """SGLang: tokens per KV page; ``None``: its default."""
+    enable_mixed_chunk: Flag | None = None
+    """SGLang: whether prompt chunks and decodes share a batch; ``None``: its default."""
+    schedule_conservativeness: PositiveFloat | None = None
+    """SGLang: factor on the output that admission reserves; ``None``: its default, 1."""
+    disable_radix_cache: Flag | None = None
+    """SGLang: whether finished prefixes are not used again; ``None``: its default."""
+    max_batch_size: Count | None = None
+    """TensorRT-LLM: pins the largest number of running requests."""
+    max_num_tokens: Count | None = None
+    """TensorRT-LLM: pins the token budget of one iteration."""
+    kv_cache_free_gpu_memory_fraction: Fraction | None = None
+    """TensorRT-LLM: fraction of the memory left free that becomes KV cache; ``None``: its
+    default."""
+    tokens_per_block: Count | None = None
+    """TensorRT-LLM: tokens per KV block; ``None``: its default."""
+    enable_chunked_context: Flag | None = None
+    """TensorRT-LLM: whether prompts are cut into chunks; ``None``: its default."""
+    enable_block_reuse: Flag | None = None
+    """TensorRT-LLM: whether finished prefixes are used again; ``None``: its default."""
+    capacity_scheduler_policy: (
+        Literal["guaranteed_no_evict", "max_utilization", "static_batch"] | None
+    ) = None
+    """TensorRT-LLM: how requests are admitted; ``None``: its default."""
+    async_scheduling: Flag | None = None
+    """Whether a batch is formed while its predecessor runs (vLLM: async scheduling; SGLang and
+    TensorRT-LLM: overlap scheduler); ``None``: the version's default."""
     calibration: Literal["none"] | None = None
     """``none`` switches the fitted host terms off: kernel tables alone."""
 
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A field added since the first version is no part of a scenario that does not set it.
+        data: dict[str, Any] = dump(self)
+        return {k: v for k, v in data.items() if v is not None or k in _FIRST_ENGINE_FIELDS}
+
     @model_validator(mode="after")
     def _check(self) -> EngineSpec:
+        for field, value in self:
+            engines = owners(field)
+            if value is None or not engines or self.name in engines:
+                continue
+            if self.name not in OWN_NAMES:
+                break  # an unknown engine is told where engines are looked up
+            own = counterpart(field, self.name)
+            hint = f"; {self.name} calls it {own}" if own else ""
+            refuse(f"is a setting of {' and '.join(engines)}, not of {self.name}{hint}", at=field)
         tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
         if tokens is not None and seqs is not None and tokens < seqs:
             refuse(
@@ -124,6 +228,19 @@ class EngineSpec(Section):
                 value=tokens,
             )
         return self
+
+    @property
+    def settings(self) -> EngineSettings:
+        """The settings under one set of names."""
+        names = OWN_NAMES.get(self.name, {})
+        known = {field: getattr(self, own) for field, own in names.items()}
+        if self.chunked_prefill_size is not None:
+            known["chunked"] = self.chunked_prefill_size != CHUNKING_OFF
+            if not known["chunked"]:
+                known["max_num_batched_tokens"] = None
+        if self.disable_radix_cache is not None:
+            known["prefix_caching"] = not self.disable_radix_cache
+        return EngineSettings(**known, async_scheduling=self.async_scheduling)
 
 
 class Limits(Section):

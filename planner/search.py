@@ -14,6 +14,7 @@ from planner.errors import PlannerError
 from planner.objective import Outcome
 from planner.space import can_launch, enumerate_space
 from simulator.plan import BatchingLimits
+from simulator.rules import VLLM_V1
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -301,9 +302,14 @@ class Search:
         if key not in self._floors:
             cost = self.problem.compiler.compile(*key)
             limits = plan.limits
-            self._floors[key] = CostFloors.of(
-                cost, limits.max_num_batched_tokens, limits.max_num_seqs
-            )
+            rules = self.problem.rules
+            if rules.prefix_caching:  # a prompt found in the cache takes no time
+                self._floors[key] = CostFloors.none(cost)
+            else:
+                # Only vLLM's V1 scheduler is known to keep every batch within the budget.
+                own = rules.policy == VLLM_V1
+                budget = limits.max_num_batched_tokens if own else cost.max_tokens
+                self._floors[key] = CostFloors.of(cost, budget, limits.max_num_seqs)
         return self._floors[key]
 
     # -- limits and results

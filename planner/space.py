@@ -24,6 +24,7 @@ QUANT_BLOCKS = "MLP or expert width per rank is no multiple of the weights' quan
 NODE = "tp is wider than a node"
 COLLECTIVES = "no all-reduce times at this tp"
 BUDGET = "max_num_batched_tokens is below max_num_seqs"
+WHOLE_PROMPTS = "max_num_batched_tokens is below the longest prompt, which is not cut"
 DEVICES = "more devices than the pool has"
 PACKING = "more replicas than fit into whole nodes"
 WEIGHTS = "weights, activations and overhead exceed device memory"
@@ -38,6 +39,7 @@ RULES = (
     NODE,
     COLLECTIVES,
     BUDGET,
+    WHOLE_PROMPTS,
     DEVICES,
     PACKING,
     WEIGHTS,
@@ -79,7 +81,16 @@ def _launch_rule(
     for rule, broken in (
         (NODE, not on_any_node and not _nodes_join(problem, tp)),
         (COLLECTIVES, tp not in problem.compiler.widths),
-        (BUDGET, limits.max_num_batched_tokens < limits.max_num_seqs),
+        (
+            BUDGET,
+            problem.engine.budget_covers_sequences
+            and limits.max_num_batched_tokens < limits.max_num_seqs,
+        ),
+        (
+            WHOLE_PROMPTS,
+            not problem.rules.chunked
+            and limits.max_num_batched_tokens < problem.longest_prefill,
+        ),
     ):
         if broken:
             return rule
@@ -197,6 +208,10 @@ def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
     if rule == BUDGET:
         limits = plan.limits
         return f"{limits.max_num_batched_tokens} tokens are below {limits.max_num_seqs} sequences"
+    if rule == WHOLE_PROMPTS:
+        longest = problem.longest_prefill
+        tokens = plan.limits.max_num_batched_tokens
+        return f"{tokens} tokens are below the longest prompt, {longest}, and prompts are not cut"
     offender = _offender(problem.model, plan.tp, rule)
     return f"tp is {plan.tp}" + (f"; the model has {offender}" if offender else "")
 

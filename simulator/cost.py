@@ -16,7 +16,7 @@ from simulator.model import Layer
 from simulator.ops import all_reduces, head_gemm, sampler_bytes_per_sequence
 from simulator.parts import Axis, Part, Sizes, layer_parts
 from simulator.plan import BatchingLimits
-from simulator.timing import IterationCost
+from simulator.timing import one_stage
 from simulator.units import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from simulator.interpolate import FloatArray
     from simulator.model import ModelShape
     from simulator.table import KernelTable
+    from simulator.timing import IterationCost
 
 _KNOTS_PER_OCTAVE = 2
 """Knots of mean context per factor of two. The tables have one; the extra knot keeps the
@@ -110,7 +111,9 @@ class CostCompiler:
             lengths=np.arange(max_context + 1),
         )
         self._costs: dict[tuple[int, BatchingLimits], IterationCost] = {}
-        self._linear: dict[tuple[int, tuple[int, ...]], tuple[FloatArray, FloatArray]] = {}
+        self._linear: dict[
+            tuple[int, tuple[int, ...], tuple[int, ...]], tuple[FloatArray, FloatArray]
+        ] = {}
         self._parts: dict[int, tuple[Part, ...]] = {}
         self._sums: dict[tuple[int, Axis], FloatArray] = {}
 
@@ -143,18 +146,22 @@ class CostCompiler:
         return self._costs[tp, limits]
 
     def _compile(self, tp: int, limits: BatchingLimits) -> IterationCost:
-        tokens = limits.max_num_batched_tokens
-        decode, mixed = self._linear_s(tp, self._graphs.captured(limits))
+        # SGLang's budget counts prompts only: a decode batch may be larger.
+        tokens = max(limits.max_num_batched_tokens, limits.max_num_seqs)
+        graphs = self._graphs
+        decode, mixed = self._linear_s(
+            tp, graphs.captured(limits, tp), graphs.captured_with_prompts(limits, tp)
+        )
         floor = self._host.eager_layer_s * self._model.num_layers
         seqs = min(limits.max_num_seqs, len(self._sizes.sequences))
-        return IterationCost(
+        return one_stage(
             decode_s=decode[: tokens + 1],
             mixed_s=mixed[: tokens + 1],
             sampled_s=self._sum(tp, Axis.SAMPLED)[: seqs + 1],
             attention_s=self._sum(tp, Axis.DECODES)[: seqs + 1],
-            context_knots=self._sizes.contexts.astype(np.float64),
+            context_knots=self._sizes.contexts,
             prefill_s=self._sum(tp, Axis.PROMPT),
-            decode_floor_s=0.0 if self._graphs.full_decode else floor,
+            decode_floor_s=0.0 if graphs.full_decode else floor,
             mixed_floor_s=floor,
             iteration_host_s=self._host.iteration_s,
         )
@@ -243,30 +250,41 @@ class CostCompiler:
             Axis.SAMPLED: (len(sizes.sequences) + 1,),
         }[axis]
 
-    def _linear_s(self, tp: int, captured: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
+    def _linear_s(
+        self, tp: int, captured: tuple[int, ...], with_prompts: tuple[int, ...]
+    ) -> tuple[FloatArray, FloatArray]:
         """Device time by tokens of decode and of mixed iterations.
 
-        ``captured`` are the CUDA-graph sizes; plans that capture the same share the arrays.
+        ``captured`` are the CUDA-graph sizes of the former, ``with_prompts`` of the latter; plans
+        that capture the same share the arrays.
         """
-        if (tp, captured) in self._linear:
-            return self._linear[tp, captured]
-        linear = np.sum(
-            [part.time_s for part in self._parts_of(tp) if part.axis is Axis.TOKENS], axis=0
-        )
-        largest = captured[-1] if captured else 0
+        key = (tp, captured, with_prompts)
+        if key not in self._linear:
+            linear = np.sum(
+                [part.time_s for part in self._parts_of(tp) if part.axis is Axis.TOKENS], axis=0
+            )
+            decode = self._replayed_s(tp, linear, captured)
+            # Prompt tokens cost at least what decodes do, also where only decodes are padded.
+            prompts = np.maximum(decode, self._replayed_s(tp, linear, with_prompts))
+            mixed = prompts * self._host.prefill_multiplier + self._sum(tp, Axis.PROMPT_TOKENS)
+            self._linear[key] = decode, mixed
+        return self._linear[key]
+
+    def _replayed_s(self, tp: int, linear: FloatArray, captured: tuple[int, ...]) -> FloatArray:
+        """Device time by tokens where batches of ``captured`` sizes replay as graphs."""
+        out = linear.copy()
+        tokens = np.arange(len(linear))
+        sizes = np.array(captured, dtype=np.int64)
+        inside = tokens <= (captured[-1] if captured else 0)
+        replayed = inside if self._graphs.padded else np.isin(tokens, sizes)
         if tp > 1:
-            linear[largest + 1 :] += self._eager_copy_s(tp)[largest + 1 :]
-        if captured:
+            out += np.where(replayed, 0.0, self._eager_copy_s(tp))
+        if captured and self._graphs.padded:
             # A batch inside the captured range is padded up to the next captured size.
-            sizes = np.array(captured)
-            padded = sizes[np.searchsorted(sizes, np.arange(1, largest + 1))]
-            linear[1 : largest + 1] = linear[padded]
-        linear[0] = 0.0
+            out[inside] = out[sizes[np.searchsorted(sizes, tokens[inside])]]
+        out[0] = 0.0
         # Interpolated parts never fall by themselves; the step from graph to eager might.
-        linear = np.maximum.accumulate(linear)
-        mixed = linear * self._host.prefill_multiplier + self._sum(tp, Axis.PROMPT_TOKENS)
-        self._linear[tp, captured] = linear, mixed
-        return self._linear[tp, captured]
+        return np.asarray(np.maximum.accumulate(out))
 
     def _parts_of(self, tp: int) -> tuple[Part, ...]:
         """Every operator of the model at width ``tp``, layers added up."""

@@ -49,30 +49,66 @@ class GraphRules:
     Parameters
     ----------
     sizes
-        Capture sizes, ascending, tokens.
+        Capture sizes of batches without prompt tokens, ascending, tokens.
     full_decode
-        Whether a pure decode batch replays as one graph; otherwise only the pieces between
-        attention calls do.
+        Whether such a batch replays as one graph; otherwise only the pieces between attention
+        calls do.
     captures_budget
         Whether the token budget itself is captured too where it is in the captured range.
+    per_sequence
+        Graphs reach up to this many times the limit on sequences: 2 in vLLM V1 (config/vllm.py,
+        ``_set_cudagraph_sizes``), 1 elsewhere.
+    captures_seats
+        Whether the limit on sequences itself is captured too where it is below the largest size
+        (SGLang model_executor/cuda_graph_runner.py, ``get_batch_sizes_to_capture``).
+    within_budget
+        Whether sizes above the token budget are left out; SGLang's budget counts no decodes.
+    padded
+        Whether a batch between two sizes is padded up to the next; if not, it runs without a
+        graph (TensorRT-LLM, unless ``enable_padding``).
+    prompt_sizes
+        Capture sizes of batches with prompt tokens, which replay piece by piece; ``None``: those
+        of batches without.
+    largest_by_tp
+        Largest size from a tensor-parallel width on, as (width, size), widths ascending; empty
+        where the width has no say.
 
     """
 
     sizes: tuple[int, ...]
     full_decode: bool
     captures_budget: bool = False
+    per_sequence: int = 2
+    captures_seats: bool = False
+    within_budget: bool = True
+    padded: bool = True
+    prompt_sizes: tuple[int, ...] | None = None
+    largest_by_tp: tuple[tuple[int, int], ...] = ()
 
-    def captured(self, limits: BatchingLimits) -> tuple[int, ...]:
-        """Sizes captured under ``limits``: up to twice the sequences and the token budget.
+    def largest(self, tp: int = 1) -> int:
+        """Largest size that the engine means to capture at width ``tp``, whatever the limits."""
+        at_width = [size for width, size in self.largest_by_tp if width <= tp]
+        return at_width[-1] if at_width else self.sizes[-1] if self.sizes else 0
 
-        vLLM config/vllm.py, ``_set_cudagraph_sizes``.
-        """
+    def captured(self, limits: BatchingLimits, tp: int = 1) -> tuple[int, ...]:
+        """Sizes captured for batches without prompt tokens."""
         budget = limits.max_num_batched_tokens
-        range_end = min(2 * limits.max_num_seqs, self.sizes[-1]) if self.sizes else 0
-        captured = {size for size in self.sizes if size <= min(range_end, budget)}
+        range_end = min(self.per_sequence * limits.max_num_seqs, self.largest(tp))
+        captured = {size for size in self.sizes if size <= range_end}
+        if self.captures_seats and limits.max_num_seqs < self.largest(tp):
+            captured.add(limits.max_num_seqs)
         if self.captures_budget and budget <= range_end:
             captured.add(budget)
+        if self.within_budget:
+            captured = {size for size in captured if size <= budget}
         return tuple(sorted(captured))
+
+    def captured_with_prompts(self, limits: BatchingLimits, tp: int = 1) -> tuple[int, ...]:
+        """Sizes captured for batches with prompt tokens; empty where those run without graphs."""
+        if self.prompt_sizes is None:
+            return self.captured(limits, tp)
+        budget = limits.max_num_batched_tokens
+        return tuple(size for size in self.prompt_sizes if size <= budget)
 
 
 def graph_sizes(singles: Sequence[int], ranges: Sequence[Sequence[int]]) -> tuple[int, ...]:

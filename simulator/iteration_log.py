@@ -11,32 +11,23 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from simulator.compiled import compiled
-from simulator.state import (
-    ARRIVAL,
-    EVENT,
-    FREE_BLOCKS,
-    HEAD,
-    REPLICA,
-    RUNNING,
-    STACKED,
-    STARTED,
-)
+from simulator.compiled import inner
+from simulator.state import ENDS, FREE_BLOCKS, HEAD, RUNNING, STACKED, TAIL
+from simulator.timing import in_s
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from simulator.policies.vllm_v1 import Batch
+    from simulator.policies.batch import Batch
     from simulator.state import Limits, State
 
     Floats = npt.NDArray[np.float64]
     Ints = npt.NDArray[np.int64]
 
-# Columns of IterationLog.counts. _LEFT_QUEUE: admissions less preemptions, so that what has
-# arrived minus it is waiting; arrivals themselves are counted once the run is over.
-_REPLICA, _TOKENS, _DECODES, _SAMPLED, _RUNNING, _LEFT_QUEUE, _FREE = range(7)
+# Columns of IterationLog.counts.
+_REPLICA, _TOKENS, _DECODES, _SAMPLED, _RUNNING, _WAITING, _FREE = range(7)
 _COUNT_COLUMNS = 7
 
 
@@ -45,7 +36,7 @@ class IterationLog(NamedTuple):
 
     Attributes
     ----------
-    times_s
+    times_ps
         (C, 2) start and end.
     counts
         (C, 7) columns named above.
@@ -54,31 +45,33 @@ class IterationLog(NamedTuple):
 
     """
 
-    times_s: Floats
+    times_ps: Ints
     counts: Ints
     used: Ints
 
 
 def empty_log(capacity: int) -> IterationLog:
     """Room for ``capacity`` iterations."""
-    times_s, counts = np.zeros((capacity, 2)), np.zeros((capacity, _COUNT_COLUMNS), np.int64)
-    return IterationLog(times_s, counts, np.zeros(1, np.int64))
+    times_ps, counts = (np.zeros((capacity, n), np.int64) for n in (2, _COUNT_COLUMNS))
+    return IterationLog(times_ps, counts, np.zeros(1, np.int64))
 
 
-@compiled
-def log_iteration(log: IterationLog, state: State, batch: Batch, r: int) -> None:
-    """Write down the iteration that replica ``r`` has just begun; there must be room."""
+@inner
+def log_iteration(
+    log: IterationLog, state: State, batch: Batch, r: int, slot: int, now_ps: int
+) -> None:
+    """Write down the batch that replica ``r`` has just begun in ``slot``; there must be room."""
     row = log.used[0]
     log.used[0] = row + 1
-    log.times_s[row, 0] = state.clock_s[r, STARTED]
-    log.times_s[row, 1] = state.clock_s[r, EVENT]
+    log.times_ps[row, 0] = now_ps
+    log.times_ps[row, 1] = state.slot[r, slot, ENDS]
     replica, counts = state.replica, log.counts
     counts[row, _REPLICA] = r
     counts[row, _TOKENS] = batch.tokens
     counts[row, _DECODES] = batch.decodes
     counts[row, _SAMPLED] = batch.sampled
     counts[row, _RUNNING] = replica[r, RUNNING]
-    counts[row, _LEFT_QUEUE] = replica[r, HEAD] - replica[r, STACKED]
+    counts[row, _WAITING] = replica[r, TAIL] - replica[r, HEAD] + replica[r, STACKED]
     counts[row, _FREE] = replica[r, FREE_BLOCKS]
 
 
@@ -138,7 +131,7 @@ class Iterations:
 
 
 def iterations_of(chunks: Sequence[IterationLog], state: State, limits: Limits) -> Iterations:
-    """Join the emptied buffers of a run and count who was waiting.
+    """Join the emptied buffers of a run.
 
     Parameters
     ----------
@@ -148,26 +141,19 @@ def iterations_of(chunks: Sequence[IterationLog], state: State, limits: Limits) 
         Of the run at its end.
 
     """
-    times_s = np.concatenate([np.zeros((0, 2)), *(chunk.times_s for chunk in chunks)])
-    none = np.zeros((0, _COUNT_COLUMNS), np.int64)
-    counts = np.concatenate([none, *(chunk.counts for chunk in chunks)])
+    none = empty_log(0)
+    times_s = in_s(np.concatenate([none.times_ps, *(chunk.times_ps for chunk in chunks)]))
+    counts = np.concatenate([none.counts, *(chunk.counts for chunk in chunks)])
     columns = [np.ascontiguousarray(counts[:, i]) for i in range(_COUNT_COLUMNS)]
-    replica, start_s = columns[_REPLICA], np.ascontiguousarray(times_s[:, 0])
-    queued_s = state.time_s[:, ARRIVAL] + limits.ingress_s
-    arrived = np.zeros(len(replica), np.int64)
-    for r in range(state.replica.shape[0]):
-        mine = replica == r
-        in_order_s = np.sort(queued_s[state.request[:, REPLICA] == r])
-        arrived[mine] = np.searchsorted(in_order_s, start_s[mine], side="right")
     return Iterations(
-        replica=replica,
-        start_s=start_s,
+        replica=columns[_REPLICA],
+        start_s=np.ascontiguousarray(times_s[:, 0]),
         end_s=np.ascontiguousarray(times_s[:, 1]),
         tokens=columns[_TOKENS],
         decodes=columns[_DECODES],
         sampled=columns[_SAMPLED],
         running=columns[_RUNNING],
-        waiting=arrived - columns[_LEFT_QUEUE],
+        waiting=columns[_WAITING],
         free_blocks=columns[_FREE],
         replicas=state.replica.shape[0],
         num_blocks=limits.num_blocks,

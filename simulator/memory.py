@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from simulator.kv_layout import kv_layout
 from simulator.model import Experts, LatentAttention, Layer
@@ -13,6 +13,7 @@ from simulator.weights import weight_bytes_per_rank
 
 if TYPE_CHECKING:
     from simulator.device import Device
+    from simulator.engine_rules import GraphRules
     from simulator.kv_layout import KvLayout
     from simulator.model import ModelShape
     from simulator.plan import BatchingLimits
@@ -30,6 +31,92 @@ their keys and values (vLLM 0.24.0, model_executor/layers/attention/mla_attentio
 for contexts below 8192 tokens, and 0.10.2 leaves it out of the profile."""
 
 
+Accounting = Literal["share_of_device", "static_share", "share_of_free"]
+"""What an engine's memory fraction is a fraction of:
+
+``share_of_device``
+    vLLM (v1/worker/gpu_worker.py, ``determine_available_memory``): weights, the profile run's
+    activations, memory outside the allocator and KV pages share that part of the device.
+``static_share``
+    SGLang (model_executor/model_runner.py, ``profile_max_num_token``): of what is free before
+    the weights are loaded, that part holds weights and KV pages; activations and CUDA graphs live
+    in the rest.
+``share_of_free``
+    TensorRT-LLM (_torch/pyexecutor/_util.py, ``KvCacheCreator``; C++ kvCacheManager,
+    ``calculateMaxNumBlocks``): of what weights, activations and everything else leave free, that
+    part becomes KV pages.
+"""
+
+
+@dataclass(frozen=True)
+class ShareByWidth:
+    """A memory fraction that follows from the tensor-parallel width (SGLang 0.4).
+
+    Parameters
+    ----------
+    shares
+        (width, fraction): the fraction from that width on; widths ascending from 1.
+
+    """
+
+    shares: tuple[tuple[int, float], ...]
+
+    def of(self, tp: int) -> float:
+        """The fraction at width ``tp``."""
+        return [share for width, share in self.shares if width <= tp][-1]
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """A memory fraction that follows from bytes kept for activations and graphs (SGLang 0.5).
+
+    ``server_args.py``, ``_handle_gpu_memory_settings``: (device - reserve) / device, rounded.
+    All in bytes.
+
+    Parameters
+    ----------
+    fixed_bytes, rank_bytes
+        Kept whatever is served, and per rank of the replica.
+    token_bytes, least_tokens, most_tokens
+        Per token of the budget, which counts as at least ``least_tokens`` and, where prompts are
+        not cut, at most ``most_tokens`` (0: no such end).
+    sequence_bytes
+        Per sequence of the largest decode graph.
+    prompt_graph_bytes, latent_bytes
+        Per prompt graph; models with latent attention keep ``latent_bytes`` for all instead.
+    least_bytes
+        Kept at least.
+    graphs
+        The graphs, for their sizes.
+
+    """
+
+    fixed_bytes: int
+    rank_bytes: int
+    graphs: GraphRules
+    token_bytes: int = 0
+    least_tokens: int = 0
+    most_tokens: int = 0
+    sequence_bytes: int = 0
+    prompt_graph_bytes: int = 0
+    latent_bytes: int = 0
+    least_bytes: int = 0
+
+    def of(self, device_bytes: int, tp: int, limits: BatchingLimits, *, has_latent: bool) -> float:
+        """The fraction at width ``tp`` under ``limits``, in thousandths as the engine rounds it."""
+        tokens = max(limits.max_num_batched_tokens, self.least_tokens)
+        if self.most_tokens:
+            tokens = min(tokens, self.most_tokens)
+        kept = self.fixed_bytes + self.rank_bytes * tp + self.token_bytes * tokens
+        kept += self.sequence_bytes * self.graphs.largest(tp)
+        if has_latent:
+            kept += self.latent_bytes
+        else:
+            prompt_graphs = self.graphs.captured_with_prompts(limits, tp)
+            kept += self.prompt_graph_bytes * len(prompt_graphs)
+        return round((device_bytes - max(kept, self.least_bytes)) / device_bytes, 3)
+
+
 @dataclass(frozen=True)
 class MemoryRules:
     """What an engine version takes besides weights and activations, and how it counts.
@@ -37,7 +124,7 @@ class MemoryRules:
     Parameters
     ----------
     memory_fraction
-        Share of the device that the engine may use (``gpu_memory_utilization``).
+        The engine's memory fraction, or the rule that it follows from.
     overhead_bytes
         Bytes per rank outside the framework's allocator: communicators and workspaces.
     graph_bytes
@@ -50,23 +137,41 @@ class MemoryRules:
         and indices, and the sort's own buffers (``tests/unit/test_memory_facts.py``).
     state_dtype
         Dtype of recurrent states, see `simulator.kv_layout.kv_layout`.
+    accounting
+        What the fraction is a fraction of.
+    null_blocks
+        Pages that the engine keeps from its scheduler.
 
     """
 
-    memory_fraction: float
+    memory_fraction: float | ShareByWidth | Reserve
     overhead_bytes: int
     graph_bytes: int
     block_tokens: int
     logit_bytes: int
     state_dtype: str
+    accounting: Accounting = "share_of_device"
+    null_blocks: int = NULL_BLOCKS
+
+    def fraction(self, model: ModelShape, device: Device, tp: int, limits: BatchingLimits) -> float:
+        """The memory fraction of a ``tp``-wide replica under ``limits``."""
+        rule = self.memory_fraction
+        if isinstance(rule, ShareByWidth):
+            return rule.of(tp)
+        if isinstance(rule, Reserve):
+            has_latent = any(isinstance(x.mixer, LatentAttention) for x in model.layer_counts)
+            return rule.of(device.memory_bytes, tp, limits, has_latent=has_latent)
+        return rule
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
     """Where one rank's memory goes, all in bytes, and the KV pages that are left.
 
-    ``num_blocks`` counts the pages that the scheduler can hand out: the null block is already
-    taken off. It is zero or negative where nothing is left.
+    ``usable_bytes`` less ``fixed_bytes`` is what KV pages get. What does not count against the
+    engine's share is 0: activations, overhead and graphs under ``static_share``. ``num_blocks``
+    counts the pages that the scheduler can hand out: null blocks are already taken off. It is
+    zero or negative where nothing is left.
     """
 
     usable_bytes: int
@@ -123,23 +228,42 @@ def memory_budget(
 ) -> MemoryBudget:
     """Memory of one rank under ``limits``; ranks are alike, so one stands for all.
 
-    The formula is vLLM's ``determine_available_memory`` (v1/worker/gpu_worker.py): the device's
-    share less weights, profile-run peak, memory outside the allocator and, from 0.20, the CUDA
-    graph estimate; the rest is cut into pages.
+    Parameters
+    ----------
+    model, device, tp
+        What is served, on what, how wide.
+    limits
+        Token budget and sequences, which size activations, graphs and SGLang's reserve.
+    rules
+        How the engine version counts, see `Accounting`.
+
+    Returns
+    -------
+    MemoryBudget
+        Under ``share_of_free`` the usable bytes are the fixed ones and the share of the rest.
+
     """
-    usable = int(device.memory_bytes * rules.memory_fraction)
+    fraction = rules.fraction(model, device, tp, limits)
     weights = weight_bytes_per_rank(model, tp)
-    activations = activation_bytes_per_rank(model, tp, limits, rules.logit_bytes)
     layout = kv_layout(model, tp, rules.block_tokens, rules.state_dtype)
-    left = usable - weights - activations - rules.overhead_bytes - rules.graph_bytes
+    if rules.accounting == "static_share":
+        usable = int((device.memory_bytes - rules.overhead_bytes) * fraction)
+        activations = overhead = graphs = 0
+    else:
+        activations = activation_bytes_per_rank(model, tp, limits, rules.logit_bytes)
+        overhead, graphs = rules.overhead_bytes, rules.graph_bytes
+        usable = int(device.memory_bytes * fraction)
+    fixed = weights + activations + overhead + graphs
+    if rules.accounting == "share_of_free":
+        usable = fixed + int((device.memory_bytes - fixed) * fraction)
     return MemoryBudget(
         usable_bytes=usable,
         weight_bytes=weights,
         activation_bytes=activations,
-        overhead_bytes=rules.overhead_bytes,
-        graph_bytes=rules.graph_bytes,
+        overhead_bytes=overhead,
+        graph_bytes=graphs,
         layout=layout,
-        num_blocks=left // layout.page_bytes - NULL_BLOCKS,
+        num_blocks=(usable - fixed) // layout.page_bytes - rules.null_blocks,
     )
 
 

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simulator import jump
+from simulator.ahead import nothing_ahead
 from simulator.engine import advance, empty_gaps
 from simulator.iteration_log import IterationLog, Iterations, empty_log, iterations_of
 from simulator.kvcache import pages_for
 from simulator.metrics import Latencies, latencies, makespan_s
+from simulator.prefix_cache import FOUND_TOKENS
+from simulator.rules import VLLM_V1, of_policy
 from simulator.state import (
     ARRIVAL,
     BOUND_BLOCKS,
@@ -27,12 +31,15 @@ from simulator.state import (
     PEAK_TOKENS,
     PREEMPTIONS,
     REPLICA,
+    STUCK,
     initial_state,
 )
+from simulator.timing import in_s
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from simulator.rules import Rules
     from simulator.state import Limits, State
     from simulator.timing import IterationCost
     from simulator.workload import Workload
@@ -81,6 +88,8 @@ class RunResult:
         Gaps between tokens and their counts, or ``None`` if not recorded.
     replica, preempted
         (N,) per request: the replica that served it, and how often it was preempted.
+    cached_tokens
+        (N,) tokens that each request found in the prefix cache when it was first admitted.
     log
         What every iteration did, or ``None`` if not recorded.
 
@@ -97,6 +106,7 @@ class RunResult:
     gaps: tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]] | None
     replica: npt.NDArray[np.int64]
     preempted: npt.NDArray[np.int64]
+    cached_tokens: npt.NDArray[np.int64]
     log: Iterations | None
 
     def trajectory_hash(self) -> str:
@@ -114,14 +124,19 @@ class Run:
     ----------
     workload, replicas, limits, cost
         What runs, on how many replicas, under which limits, at what cost per iteration.
+    rules
+        The engine's batching rules.
     record_gaps
         Whether to keep the gaps between tokens (for ITL).
+    plain
+        Whether to use the plain loop throughout; otherwise the jump engine does what is not
+        recorded, with the same result.
 
     Raises
     ------
     ValueError
         If a request cannot fit into a replica's KV blocks even alone, or exceeds the compiled
-        context.
+        context, or if the rules ask for a prefix cache that is not modelled.
 
     """
 
@@ -131,16 +146,21 @@ class Run:
         replicas: int,
         limits: Limits,
         cost: IterationCost,
+        rules: Rules,
         *,
         record_gaps: bool = False,
+        plain: bool = False,
     ) -> None:
-        _check(workload, limits, cost)
+        _check(workload, limits, cost, rules)
         self.workload = workload
         self.limits = limits
         self.cost = cost
-        self.state: State = initial_state(workload, replicas, limits)
+        self.rules = of_policy(rules)
+        self.state: State = initial_state(workload, replicas, limits, rules, cost)
+        self._plain = plain or record_gaps
+        self._ahead = nothing_ahead(self.state, limits)
         self._gaps = empty_gaps(_RECORD_ENTRIES + self.state.running.shape[1] if record_gaps else 0)
-        self._kept: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]] = []
+        self._kept: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
         self._log: IterationLog | None = None
         self._kept_log: list[IterationLog] = []
 
@@ -154,15 +174,23 @@ class Run:
         return int(self.state.counters[ITERATIONS])
 
     def advance(self, max_iterations: int) -> bool:
-        """Run up to ``max_iterations`` more; say whether every request has finished."""
+        """Run ``max_iterations`` more, or some beyond; say whether every request has finished."""
         stop = self.iterations + max_iterations
         done = False
         while not done and self.iterations < stop:
-            left = stop - self.iterations
-            done = bool(advance(self.state, self.limits, self.cost, self._gaps, left, self._log))
+            done = self._advance(stop - self.iterations)
             self._drain_gaps()
             self._drain_log()
+            if self.state.counters[STUCK]:
+                raise ValueError("a waiting request can never be admitted under these limits")
         return done
+
+    def _advance(self, max_iterations: int) -> bool:
+        """One call of the loop that fits what is recorded; it may return early."""
+        what = self.limits, self.rules, self.cost, self._gaps, max_iterations
+        if self._plain or self._log is not None:
+            return bool(advance(self.state, *what, self._log))
+        return bool(jump.advance(self.state, self._ahead, *what))
 
     def finish(self) -> RunResult:
         """Run to the end and say what happened."""
@@ -185,63 +213,87 @@ class Run:
 
     def result(self) -> RunResult:
         """The finished run; call only after :meth:`advance` returned true."""
-        request, time_s = self.state.request, self.state.time_s
+        request = self.state.request
         gaps = None
-        if self._gaps.gap_s.size:
-            gap_s, tokens = zip(*self._kept, strict=True)
-            gaps = (np.concatenate(gap_s), np.concatenate(tokens))
+        if self._gaps.gap_ps.size:
+            gap_ps, tokens = zip(*self._kept, strict=True)
+            gaps = (in_s(np.concatenate(gap_ps)), np.concatenate(tokens))
         log = None
         if self._log is not None:
             log = iterations_of(self._kept_log, self.state, self.limits)
-        arrival_s, first_s, finish_s = (
-            np.ascontiguousarray(time_s[:, column]) for column in (ARRIVAL, FIRST_TOKEN, FINISH)
+        arrival, first, finish = (
+            np.ascontiguousarray(self.state.time_ps[:, column])
+            for column in (ARRIVAL, FIRST_TOKEN, FINISH)
         )
         return RunResult(
-            arrival_s=arrival_s,
-            first_token_s=first_s,
-            finish_s=finish_s,
-            values=latencies(arrival_s, first_s, finish_s, request[:, OUTPUT]),
-            makespan_s=makespan_s(float(arrival_s.min()), finish_s),
+            arrival_s=in_s(arrival),
+            first_token_s=in_s(first),
+            finish_s=in_s(finish),
+            values=latencies(arrival, first, finish, request[:, OUTPUT]),
+            makespan_s=makespan_s(arrival, finish),
             iterations=self.iterations,
             preemptions=int(request[:, PREEMPTIONS].sum()),
             usage=self.usage(),
             gaps=gaps,
             replica=request[:, REPLICA].copy(),
             preempted=request[:, PREEMPTIONS].copy(),
+            cached_tokens=self._cached_tokens(),
             log=log,
         )
 
+    def _cached_tokens(self) -> npt.NDArray[np.int64]:
+        if self.rules.prefix_caching:
+            return self.state.pool.request[:, FOUND_TOKENS].copy()
+        return np.zeros(self.workload.num_requests, np.int64)
+
     def _drain_gaps(self) -> None:
         used = int(self._gaps.used[0])
-        if self._gaps.gap_s.size:
-            self._kept.append((self._gaps.gap_s[:used].copy(), self._gaps.tokens[:used].copy()))
+        if self._gaps.gap_ps.size:
+            self._kept.append((self._gaps.gap_ps[:used].copy(), self._gaps.tokens[:used].copy()))
             self._gaps.used[0] = 0
 
     def _drain_log(self) -> None:
         if self._log is not None:
             used = int(self._log.used[0])
-            times_s, counts = self._log.times_s[:used].copy(), self._log.counts[:used].copy()
-            self._kept_log.append(IterationLog(times_s, counts, self._log.used.copy()))
+            times_ps, counts = self._log.times_ps[:used].copy(), self._log.counts[:used].copy()
+            self._kept_log.append(IterationLog(times_ps, counts, self._log.used.copy()))
             self._log.used[0] = 0
 
 
-def _check(workload: Workload, limits: Limits, cost: IterationCost) -> None:
+def _check_cache(workload: Workload, limits: Limits, rules: Rules) -> None:
+    """Refuse a prefix cache other than vLLM V1's for layers that keep every token."""
+    if rules.policy != VLLM_V1:
+        raise ValueError("a prefix cache is modelled for vLLM's V1 scheduler only")
+    if (limits.growing, limits.windowed, limits.fixed) != (1, 0, 0):
+        raise ValueError("a prefix cache is modelled for layers that all keep every token only")
+    if workload.block_tokens not in (0, limits.block_tokens):
+        raise ValueError(
+            f"prompts have ids of {workload.block_tokens} tokens each; KV blocks hold "
+            f"{limits.block_tokens}"
+        )
+
+
+def _check(workload: Workload, limits: Limits, cost: IterationCost, rules: Rules) -> None:
     """Refuse what the loops would run into without noticing."""
     seqs, tokens = limits.max_num_seqs, limits.max_num_batched_tokens
-    if not 1 <= seqs <= tokens:
-        raise ValueError(
-            f"max_num_seqs is {seqs}; it must be from 1 to max_num_batched_tokens ({tokens})"
-        )
+    if seqs < 1 or tokens < 1:
+        raise ValueError(f"max_num_seqs is {seqs} and the token budget {tokens}; both must be >= 1")
+    if rules.prefix_caching:
+        _check_cache(workload, limits, rules)
     longest = int((workload.prompt_tokens + workload.output_tokens).max())
-    if pages_for(limits, longest) > limits.num_blocks:
+    kept_free = int(rules.watermark * limits.num_blocks)
+    if pages_for(limits, longest) + kept_free > limits.num_blocks:
         raise ValueError(
-            f"a request of {longest} tokens needs more than the {limits.num_blocks} KV blocks"
+            f"a request of {longest} tokens needs more than the "
+            f"{limits.num_blocks - kept_free} KV blocks that it can be given"
         )
     seats = min(seqs, workload.num_requests)
+    # With chunks, the chunk caps a batch whatever else does.
+    largest = max(tokens, 0 if rules.chunked else rules.prefill_tokens, seats)
     for name, needed, compiled in (
-        ("tokens of one request", longest, len(cost.prefill_s)),
-        ("tokens of one iteration", tokens, min(len(cost.decode_s), len(cost.mixed_s))),
-        ("sequences", seats, min(len(cost.sampled_s), len(cost.attention_s))),
+        ("tokens of one request", longest, cost.max_context),
+        ("tokens of one iteration", largest, cost.max_tokens),
+        ("sequences", seats, cost.max_seqs),
     ):
-        if needed >= compiled:
-            raise ValueError(f"{needed} {name} occur; the cost is compiled for {compiled - 1}")
+        if needed > compiled:
+            raise ValueError(f"{needed} {name} occur; the cost is compiled for {compiled}")

@@ -7,21 +7,30 @@ to be equal bit by bit: such sums carry no rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
 
 from simulator.kvcache import blocks_for
+from simulator.rules import Rules
+from simulator.run import Run
 from simulator.state import Limits
-from simulator.timing import IterationCost
+from simulator.timing import in_ps, in_s, iteration_ps, one_stage
 from simulator.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TICK_S = 2.0**-10
-"""About a millisecond, and exact in binary."""
+    import numpy.typing as npt
+
+    from simulator.timing import IterationCost
+
+TICK_S = 2.0**-6
+"""16 ms; it and its 64th part are whole picoseconds, and exact in binary."""
+
+GATED = Rules(reserve_full_prompt=True)
+"""vLLM V1 as its later versions admit: a prompt gets in when all of it fits."""
 
 
 def linear_cost(
@@ -53,7 +62,7 @@ def linear_cost(
     seqs = np.arange(max_seqs + 1, dtype=np.float64)
     knots = np.array([1.0, max_context])
     tokens_s = token_s * np.arange(max_tokens + 1, dtype=np.float64)
-    return IterationCost(
+    return one_stage(
         decode_s=tokens_s,
         mixed_s=tokens_s.copy(),
         sampled_s=sequence_s * seqs,
@@ -66,13 +75,46 @@ def linear_cost(
     )
 
 
+class Seconds(NamedTuple):
+    """The times of one kind of stage of an ``IterationCost``; no first axis."""
+
+    decode_s: npt.NDArray[np.float64]
+    mixed_s: npt.NDArray[np.float64]
+    sampled_s: npt.NDArray[np.float64]
+    attention_s: npt.NDArray[np.float64]
+    prefill_s: npt.NDArray[np.float64]
+    decode_floor_s: float
+    mixed_floor_s: float
+    host_s: float
+
+
+def seconds_of(cost: IterationCost, kind: int = 0) -> Seconds:
+    """The times of one kind of stage as seconds."""
+    times_s: Any = (in_s(getattr(cost, name[:-1] + "ps")[kind]) for name in Seconds._fields)
+    return Seconds(*times_s)
+
+
+def iteration_s(
+    cost: IterationCost,
+    tokens: int,
+    decodes: int,
+    context_tokens: int,
+    prefill_attention_s: float,
+    sampled: int,
+    has_prefill: bool,
+) -> float:
+    """Time of one iteration on the first kind of stage, seconds."""
+    prefill_ps = int(in_ps(prefill_attention_s))
+    whole = (cost, 0, tokens, decodes, context_tokens, prefill_ps, sampled, has_prefill)
+    return float(in_s(iteration_ps(*whole)))
+
+
 def limits(
     *,
     seqs: int = 8,
     tokens: int = 64,
     blocks: int = 1000,
     block_tokens: int = 4,
-    reserve: bool = True,
     ingress_s: float = 0.0,
 ) -> Limits:
     """Limits of one replica, wide unless told otherwise."""
@@ -81,8 +123,7 @@ def limits(
         max_num_batched_tokens=tokens,
         num_blocks=blocks,
         block_tokens=block_tokens,
-        reserve_full_prompt=reserve,
-        ingress_s=ingress_s,
+        ingress_ps=int(in_ps(ingress_s)),
     )
 
 
@@ -102,6 +143,14 @@ def workload(
     )
 
 
+def bytes_of(state: NamedTuple) -> list[bytes]:
+    """Every array of a run's state, also of the tables within it, byte by byte."""
+    found = []
+    for part in state:
+        found += bytes_of(part) if isinstance(part, tuple) else [part.tobytes()]
+    return found
+
+
 @dataclass(frozen=True)
 class Case:
     """One random run: the arguments of ``Run``."""
@@ -110,6 +159,12 @@ class Case:
     replicas: int
     limits: Limits
     cost: IterationCost = field(repr=False)  # long arrays
+    rules: Rules = GATED
+
+    def start(self, *, record_gaps: bool = False, plain: bool = False) -> Run:
+        """A fresh run."""
+        what = (self.workload, self.replicas, self.limits, self.cost, self.rules)
+        return Run(*what, record_gaps=record_gaps, plain=plain)
 
 
 @st.composite
@@ -140,7 +195,6 @@ def cases(draw: st.DrawFn) -> Case:
             tokens=draw(st.integers(seqs, 40)),
             blocks=blocks_for(longest, block_tokens) + spare,
             block_tokens=block_tokens,
-            reserve=draw(st.booleans()),
             ingress_s=draw(st.sampled_from([0.0, TICK_S, 5 * TICK_S])),
         ),
         cost=linear_cost(
@@ -150,4 +204,5 @@ def cases(draw: st.DrawFn) -> Case:
             context_s=draw(st.integers(0, 2)) * TICK_S / 32,
             prompt_s=draw(st.integers(0, 2)) * TICK_S / 64,
         ),
+        rules=Rules(reserve_full_prompt=draw(st.booleans())),
     )

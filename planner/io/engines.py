@@ -2,130 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
+from planner.engine_settings import EngineSettings
 from planner.errors import InputError, PlannerError, nearest
-from planner.io.yaml_file import read_mapping
+from planner.io.engine_file import (
+    ENGINES,
+    DeviceTable,
+    Fact,
+    Host,
+    LargestGraph,
+    ReserveRule,
+    ReserveTier,
+    ShareByTp,
+    Transferred,
+    read_engine_file,
+)
+from planner.io.profiles import available_kernel_tables
 from simulator.engine_rules import GraphRules, HostConstants, graph_sizes
+from simulator.memory import MemoryRules, Reserve, ShareByWidth
 from simulator.plan import BatchingLimits
-from simulator.units import GIB, S_PER_MS
+from simulator.rules import POLICIES, Rules
+from simulator.units import GIB, MIB, S_PER_MS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from planner.io.engine_file import EngineFile, Version
     from simulator.device import Device
 
-ENGINES: Final = ("vllm",)
-"""Engines that ship."""
+DEFAULTS: Final = EngineSettings()
+"""No setting fixed."""
 
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Fact(_Entry):
-    """One value and where it comes from: a source, or a fit with its data and residual."""
-
-    value: float
-    source: str | None = None
-    fit: str | None = None
-
-    @model_validator(mode="after")
-    def _has_origin(self) -> _Fact:
-        if (self.source is None) == (self.fit is None):
-            raise ValueError("a value needs either its source or its fit")
-        return self
-
-
-class _Transferred(_Entry):
-    transferred_from: str
-
-
-class _Flag(_Entry):
-    value: bool
-    source: str
-
-
-class _DeviceTable(_Entry):
-    """A device whose kernel times are not what the engine version's own entry says."""
-
-    version: str
-    note: str
-
-
-class _KernelTable(_Entry):
-    version: str
-    note: str | None = None
-    devices: dict[str, _DeviceTable] = {}
-    precision_notes: dict[str, str] = {}
-
-    def on(self, device: str | None) -> _KernelTable | _DeviceTable:
-        """What applies to one device: its own entry, or else the general one."""
-        return self.devices.get(device, self) if device else self
-
-
-class _Dtype(_Entry):
-    value: Literal["bf16", "fp32"]
-    source: str
-
-
-class _Tier(_Entry):
-    at_least_gib: float
-    not_named: str | None = None
-    max_num_batched_tokens: int
-    max_num_seqs: int
-
-
-class _TierList(_Entry):
-    source: str
-    tiers: tuple[_Tier, ...]
-
-
-class _Graphs(_Entry):
-    sizes: tuple[int, ...]
-    ranges: tuple[tuple[int, int, int], ...]
-    full_decode: bool
-    captures_budget: bool = False
-    source: str
-
-
-class _AllReduceRule(_Entry):
-    devices: tuple[str, ...]
-    values: dict[int, int]
-    source: str
-
-
-class _Host(_Entry):
-    iteration_ms: _Fact
-    sequence_ms: _Fact
-    ingress_ms: _Fact
-    eager_layer_ms: _Fact
-    prefill_multiplier: _Fact
-
-
-class _Version(_Entry):
-    kernel_table: _KernelTable
-    memory_fraction: _Fact
-    limits: _TierList
-    reserve_full_prompt: _Flag
-    graphs: _Graphs
-    graph_gib: _Fact
-    logit_bytes: _Fact
-    state_dtype: _Dtype
-    nccl_all_reduce_from_bytes: _AllReduceRule | None = None
-    overhead_gib: _Fact | _Transferred
-    host: _Host | _Transferred
-
-
-class _EngineFile(_Entry):
-    schema_version: Annotated[int, Field(ge=1, le=1)]
-    engine: str
-    block_tokens: _Fact
-    versions: dict[str, _Version]
+_Row = TypeVar("_Row", LargestGraph, ReserveTier)
 
 
 @dataclass(frozen=True)
@@ -140,18 +50,8 @@ class EngineProfile:
         Version whose measured kernels stand for it on the device asked for.
     block_tokens
         Default tokens of a KV block.
-    memory_fraction
-        Default share of device memory.
-    overhead_bytes, graph_bytes
-        Bytes per rank outside the allocator, and set aside for CUDA graphs.
-    logit_bytes
-        Bytes per sequence and vocabulary entry that the sampler holds at its peak.
-    state_dtype
-        Dtype of recurrent states.
-    reserve_full_prompt
-        Whether admission asks room for the whole prompt.
     graphs
-        CUDA-graph rules.
+        CUDA-graph rules, without what depends on the device (`graphs_on`).
     nccl_all_reduce_from_bytes
         By tensor-parallel width, the message size from which NCCL reduces; absent widths always
         use the engine's own kernel.
@@ -170,27 +70,164 @@ class EngineProfile:
     version: str
     kernel_table_version: str
     block_tokens: int
-    memory_fraction: float
-    overhead_bytes: int
-    graph_bytes: int
-    logit_bytes: int
-    state_dtype: str
-    reserve_full_prompt: bool
     graphs: GraphRules
     nccl_all_reduce_from_bytes: dict[int, int]
     host: HostConstants
     precision_notes: dict[str, str]
     warnings: tuple[str, ...]
     host_warnings: tuple[str, ...]
-    _tiers: tuple[_Tier, ...] = field(repr=False)
+    _entry: Version = field(repr=False)
+    _overhead_bytes: int = field(repr=False)
 
-    def default_limits(self, device: Device) -> BatchingLimits:
-        """The engine's own batching limits on ``device`` when it runs as a server."""
-        for tier in self._tiers:
+    def default_limits(
+        self, device: Device, max_model_len: int = 0, settings: EngineSettings = DEFAULTS
+    ) -> BatchingLimits:
+        """The engine's own batching limits on ``device`` when it runs as a server.
+
+        Parameters
+        ----------
+        device
+            What it runs on; its memory and name decide.
+        max_model_len
+            Longest request, tokens: the budget of an engine that does not cut prompts must hold
+            it (vLLM and SGLang; TensorRT-LLM keeps its budget).
+        settings
+            What the scenario fixes; only whether prompts are cut matters here.
+
+        """
+        entry = self._entry
+        for tier in entry.limits.tiers:
             named = tier.not_named is not None and tier.not_named in device.name
             if device.memory_bytes >= tier.at_least_gib * GIB and not named:
-                return BatchingLimits(tier.max_num_seqs, tier.max_num_batched_tokens)
-        raise PlannerError(f"engine {self.name} {self.version} has no tier for {device.name}")
+                break
+        else:
+            raise PlannerError(f"engine {self.name} {self.version} has no tier for {device.name}")
+        chunked = self._chunked(max_model_len, settings)
+        tokens = tier.max_num_batched_tokens
+        if entry.automatic_chunking is not None:
+            automatic = entry.automatic_chunking
+            tokens = automatic.chunk_tokens if chunked else automatic.least_tokens
+        if not chunked and entry.prefill_tokens is not None:
+            tokens = settings.prefill_tokens or entry.prefill_tokens.value
+        if not chunked and entry.budget_grows_to_context:
+            tokens = max(tokens, max_model_len)
+        return BatchingLimits(tier.max_num_seqs, tokens)
+
+    def rules(
+        self, max_model_len: int, settings: EngineSettings = DEFAULTS, *, pipeline_stages: int = 1
+    ) -> Rules:
+        """How the engine forms batches.
+
+        Parameters
+        ----------
+        max_model_len
+            Longest request, tokens: vLLM V0 cuts prompts only for long contexts.
+        settings
+            What the scenario fixes.
+        pipeline_stages
+            Pipeline stages of a replica.
+
+        """
+        entry = self._entry
+        chunked = self._chunked(max_model_len, settings)
+        capacity = settings.capacity_policy or (
+            entry.capacity_policy.value if entry.capacity_policy else None
+        )
+        late = entry.late_results.value
+        late = late and (pipeline_stages == 1 or entry.late_results.with_pipeline)
+        prefill = entry.prefill_tokens
+        binds = prefill is not None and (prefill.with_chunks or not chunked)
+        reserve = entry.output_reserve
+        # SGLang managers/scheduler.py, init_new_token_ratio: never above one.
+        start = min(1.0, reserve.start * (settings.conservativeness or 1.0)) if reserve else 0.0
+        least = start * reserve.least_factor if reserve else 0.0
+        mixed = entry.mixed.value if entry.mixed else chunked or entry.automatic_chunking is None
+        policy = "static" if capacity == "static_batch" else entry.policy.value
+        return Rules(
+            policy=POLICIES.index(policy),
+            chunked=chunked,
+            chunk_unit=self._block(settings) if entry.chunks_of_blocks else 1,
+            prefill_tokens=(settings.prefill_tokens or prefill.value) if prefill and binds else 0,
+            mixed=_given(settings.mixed, mixed),
+            reserve_full_prompt=entry.reserve_full_prompt.value,
+            watermark=entry.watermark.value if entry.watermark else 0.0,
+            evict=capacity in (None, "max_utilization"),
+            new_token_ratio=start,
+            least_new_token_ratio=least,
+            ratio_decay=(start - least) / reserve.decay_steps if reserve else 0.0,
+            reserved_output_tokens=reserve.most_tokens if reserve else 0,
+            late_results=_given(settings.async_scheduling, late),
+            prefix_caching=_given(settings.prefix_caching, entry.prefix_caching.value),
+            batches_in_flight=pipeline_stages,
+            own_micro_batches=entry.own_micro_batches,
+        )
+
+    def memory_rules(self, device: Device, settings: EngineSettings = DEFAULTS) -> MemoryRules:
+        """How the engine counts the memory of ``device``."""
+        entry = self._entry
+        return MemoryRules(
+            memory_fraction=settings.memory_fraction or self._fraction_on(device, settings),
+            overhead_bytes=self._overhead_bytes,
+            graph_bytes=int(entry.graph_gib.value * GIB),
+            block_tokens=self._block(settings),
+            logit_bytes=int(entry.logit_bytes.value),
+            state_dtype=entry.state_dtype.value,
+            accounting=entry.accounting.value,
+            null_blocks=entry.accounting.null_blocks,
+        )
+
+    @property
+    def budget_grows_to_context(self) -> bool:
+        """Whether the budget must hold the longest request where prompts are not cut."""
+        return self._entry.budget_grows_to_context
+
+    @property
+    def budget_covers_sequences(self) -> bool:
+        """Whether the engine only starts with a budget of a token for each sequence."""
+        return self._entry.budget_covers_sequences
+
+    def graphs_on(self, device: Device) -> GraphRules:
+        """CUDA-graph rules on ``device``: SGLang's and newer vLLM's sizes follow its memory."""
+        rows = self._entry.graphs.largest
+        if not rows:
+            return self.graphs
+        floor = _first_tier(rows, device).at_least_gib
+        by_width = sorted((row.from_tp, row.size) for row in rows if row.at_least_gib == floor)
+        return replace(self.graphs, largest_by_tp=tuple(by_width))
+
+    def _block(self, settings: EngineSettings) -> int:
+        return settings.block_tokens or self.block_tokens
+
+    def _chunked(self, max_model_len: int, settings: EngineSettings) -> bool:
+        """Whether prompts are cut: as the scenario says, or the context, or the default."""
+        automatic = self._entry.automatic_chunking
+        default = self._entry.chunked.value
+        if automatic is not None:
+            default = max_model_len > automatic.above_context_tokens
+        return _given(settings.chunked, default)
+
+    def _fraction_on(
+        self, device: Device, settings: EngineSettings
+    ) -> float | ShareByWidth | Reserve:
+        rule, prefill = self._entry.memory_fraction, self._entry.prefill_tokens
+        if isinstance(rule, ShareByTp):
+            return ShareByWidth(tuple(sorted(rule.by_tp.items())))
+        if isinstance(rule, ReserveRule):
+            tier = _first_tier(rule.tiers, device)
+            whole = settings.chunked is False
+            return Reserve(
+                fixed_bytes=int(tier.fixed_mib * MIB),
+                rank_bytes=int(tier.rank_mib * MIB),
+                graphs=self.graphs_on(device),
+                token_bytes=int(rule.token_mib * MIB),
+                least_tokens=rule.least_tokens,
+                most_tokens=(settings.prefill_tokens or prefill.value) if prefill and whole else 0,
+                sequence_bytes=int(rule.sequence_mib * MIB),
+                prompt_graph_bytes=int(rule.prompt_graph_mib * MIB),
+                latent_bytes=int(rule.latent_mib * MIB),
+                least_bytes=int(tier.least_mib * MIB),
+            )
+        return rule.value
 
 
 def load_engine(
@@ -215,20 +252,20 @@ def load_engine(
     """
     if name not in ENGINES:
         raise _unknown(source, "engine.name", name, ENGINES)
-    file = _read(name)
+    file = read_engine_file(name)
     if version not in file.versions:
         raise _unknown(source, "engine.version", version, tuple(file.versions))
     entry = file.versions[version]
-    table = entry.kernel_table.on(device)
-    warnings, host_warnings = [table.note] if table.note else [], []
+    table, note = _kernel_table(file, version, device)
+    warnings, host_warnings = [note] if note else [], []
     overhead, host = entry.overhead_gib, entry.host
-    if isinstance(host, _Transferred):
+    if isinstance(host, Transferred):
         host_warnings.append(
             f"host constants of {name} {version} are transferred from {host.transferred_from}: "
             "no measured run of this version has calibrated them"
         )
         host = _own_host(file, host.transferred_from)
-    if isinstance(overhead, _Transferred):
+    if isinstance(overhead, Transferred):
         warnings.append(
             f"memory overhead of {name} {version} is transferred from {overhead.transferred_from}"
         )
@@ -237,19 +274,9 @@ def load_engine(
     return EngineProfile(
         name=name,
         version=version,
-        kernel_table_version=table.version,
-        block_tokens=int(file.block_tokens.value),
-        memory_fraction=entry.memory_fraction.value,
-        overhead_bytes=int(overhead.value * GIB),
-        graph_bytes=int(entry.graph_gib.value * GIB),
-        logit_bytes=int(entry.logit_bytes.value),
-        state_dtype=entry.state_dtype.value,
-        reserve_full_prompt=entry.reserve_full_prompt.value,
-        graphs=GraphRules(
-            graph_sizes(entry.graphs.sizes, entry.graphs.ranges),
-            entry.graphs.full_decode,
-            entry.graphs.captures_budget,
-        ),
+        kernel_table_version=table,
+        block_tokens=int(entry.block_tokens.value),
+        graphs=_graph_rules(entry),
         nccl_all_reduce_from_bytes=dict(rule.values) if rule and device in rule.devices else {},
         host=HostConstants(
             iteration_s=host.iteration_ms.value * S_PER_MS,
@@ -258,40 +285,81 @@ def load_engine(
             eager_layer_s=host.eager_layer_ms.value * S_PER_MS,
             prefill_multiplier=host.prefill_multiplier.value,
         ),
-        precision_notes=entry.kernel_table.precision_notes,
+        precision_notes=file.kernel_tables.precision_notes,
         warnings=tuple(warnings),
         host_warnings=tuple(host_warnings),
-        _tiers=entry.limits.tiers,
+        _entry=entry,
+        _overhead_bytes=int(overhead.value * GIB),
     )
 
 
 def engine_versions() -> tuple[tuple[str, str], ...]:
     """Every engine and version that ships."""
-    return tuple((name, version) for name in ENGINES for version in _read(name).versions)
+    return tuple((name, version) for name in ENGINES for version in read_engine_file(name).versions)
 
 
-def _own_host(file: _EngineFile, version: str) -> _Host:
-    host = file.versions[version].host
-    if isinstance(host, _Transferred):
-        raise PlannerError(f"{file.engine} {version}: transferred constants cannot be passed on")
+def _given(asked: bool | None, default: bool) -> bool:
+    return default if asked is None else asked
+
+
+def _first_tier(tiers: Sequence[_Row], device: Device) -> _Row:
+    """The first tier whose floor ``device`` reaches; the last one's is 0."""
+    return next(tier for tier in tiers if device.memory_bytes >= tier.at_least_gib * GIB)
+
+
+def _kernel_table(file: EngineFile, version: str, device: str | None) -> tuple[str, str]:
+    """Version whose kernel table is used on ``device``, and what a report must say about it."""
+    tables = file.kernel_tables
+    own = (device, file.engine, version) in available_kernel_tables()
+    listed = tables.devices.get(device) if device else None
+    chosen = listed or DeviceTable(version=tables.version)
+    used = version if own else chosen.version
+    notes = []
+    if used != version:
+        which = f" on {device}, {chosen.why}" if chosen.why else ", for which none are published"
+        notes.append(f"kernel times of {file.title} {used} stand in for {version}{which}")
+    if chosen.caution and used == chosen.version:
+        notes.append(chosen.caution)
+    return used, "; ".join(notes)
+
+
+def _graph_rules(entry: Version) -> GraphRules:
+    graphs = entry.graphs
+    with_prompts = graphs.with_prompts
+    if with_prompts == "same":
+        prompt_sizes = None
+    else:
+        prompt_sizes = () if with_prompts == "none" else graph_sizes((), with_prompts)
+    return GraphRules(
+        sizes=graph_sizes(graphs.sizes, graphs.ranges),
+        full_decode=graphs.full_decode,
+        captures_budget=graphs.captures_budget,
+        per_sequence=graphs.per_sequence,
+        captures_seats=graphs.captures_seats,
+        within_budget=graphs.within_budget,
+        padded=graphs.padded,
+        prompt_sizes=prompt_sizes,
+    )
+
+
+def _origin(file: EngineFile, transferred_from: str) -> Version:
+    """The version that ``0.10.2`` or ``vllm 0.10.2`` names."""
+    engine, _, version = transferred_from.rpartition(" ")
+    return read_engine_file(engine or file.engine).versions[version]
+
+
+def _own_host(file: EngineFile, transferred_from: str) -> Host:
+    host = _origin(file, transferred_from).host
+    if isinstance(host, Transferred):
+        raise PlannerError(f"{transferred_from}: transferred constants cannot be passed on")
     return host
 
 
-def _own_overhead(file: _EngineFile, version: str) -> _Fact:
-    overhead = file.versions[version].overhead_gib
-    if isinstance(overhead, _Transferred):
-        raise PlannerError(f"{file.engine} {version}: transferred constants cannot be passed on")
+def _own_overhead(file: EngineFile, transferred_from: str) -> Fact:
+    overhead = _origin(file, transferred_from).overhead_gib
+    if isinstance(overhead, Transferred):
+        raise PlannerError(f"{transferred_from}: transferred constants cannot be passed on")
     return overhead
-
-
-@lru_cache(maxsize=len(ENGINES))
-def _read(name: str) -> _EngineFile:
-    shown = f"profiles/engines/{name}.yaml"
-    path = Path(str(files("profiles") / "engines" / f"{name}.yaml"))
-    try:
-        return _EngineFile.model_validate(read_mapping(path, source=shown))
-    except ValidationError as error:
-        raise PlannerError(f"{shown}: {error}") from error
 
 
 def _unknown(source: str, field_path: str, value: str, known: tuple[str, ...]) -> InputError:

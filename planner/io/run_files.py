@@ -75,7 +75,7 @@ def check_run_files(targets: Mapping[str, str | None], json: str | None = None) 
 
 
 def write_requests(target: str, workload: Workload, result: RunResult) -> None:
-    """Write a row per request, in order of arrival.
+    """Write a row per request, in the workload's order.
 
     Raises
     ------
@@ -110,10 +110,13 @@ def write_timeline(target: str, log: Iterations) -> None:
 def requests_table(workload: Workload, result: RunResult) -> Table:
     """Columns of one row per request, named as in ``vllm bench serve``.
 
-    ``request`` counts in order of arrival. ``tpot_ms`` is NaN, an empty field in the file, where
-    there is one output token. ``finish_s - arrival_s`` is ``e2el_ms``.
+    ``request`` counts in the workload's order: that of arrival, but for sessions, whose second
+    turns follow all first ones and so on; ``after`` then is the request whose answer came before,
+    -1 for a first turn. ``tpot_ms`` is NaN, an empty field in the file, where there is one output
+    token. ``finish_s - arrival_s`` is ``e2el_ms``.
     """
     values = result.values
+    sessions = {"after": workload.after} if len(workload.after) else {}
     return {
         "request": np.arange(workload.num_requests),
         "replica": result.replica,
@@ -125,6 +128,7 @@ def requests_table(workload: Workload, result: RunResult) -> Table:
         "e2el_ms": np.round(values.e2e_s * MS_PER_S, _DECIMALS_MS),
         "preemptions": result.preempted,
         "finish_s": np.round(result.finish_s, _DECIMALS_S),
+        **sessions,
     }
 
 

@@ -1,15 +1,16 @@
-"""Traces in CSV: Azure 2023 and 2024, BurstGPT, and the plain three columns."""
+"""Traces in CSV: Azure 2023 and 2024, BurstGPT, block hashes, and the plain three columns."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from planner.io.trace_file import Batch, check_seconds, check_tokens
+from planner.io.trace_file import Batch, Hashes, check_seconds, check_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,8 +25,12 @@ PLAIN_COLUMNS: Final = ("arrival_s", "prompt_tokens", "output_tokens")
 
 _AZURE: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _BURSTGPT: Final = ("Timestamp", "Request tokens", "Response tokens")
+_BLOCKS: Final = ("arrival_s", "input_tokens", "output_tokens")
+_BLOCK_IDS: Final = "block16_hash_ids_input_then_output"
+BLOCK_IDS_TOKENS: Final = 16
+"""Tokens of one block in that column, whose name says so."""
 
-_HEADERS: Final = {
+_HEADERS: Final[dict[tuple[str, ...], tuple[str, tuple[str, ...]]]] = {
     _AZURE: ("azure", _AZURE),
     PLAIN_COLUMNS: ("plain", PLAIN_COLUMNS),
     (
@@ -46,6 +51,15 @@ _HEADERS: Final = {
         "Total tokens",
         "Log Type",
     ): ("burstgpt", _BURSTGPT),
+    (
+        "request",
+        "arrival_s",
+        "input_tokens",
+        "output_tokens",
+        "input_full_blocks",
+        "reusable_blocks_infinite_cache",
+        _BLOCK_IDS,
+    ): ("block_hashes", _BLOCKS),
 }
 """Format, and its columns of time, prompt and output, by each known header."""
 
@@ -66,9 +80,10 @@ class CsvLayout:
     Parameters
     ----------
     format
-        ``azure``, ``burstgpt`` or ``plain``.
+        ``azure``, ``burstgpt``, ``block_hashes`` or ``plain``.
     columns
-        Names of the columns of time, prompt tokens and output tokens.
+        Names of the columns of time, prompt tokens, output tokens and, where they are read,
+        hashes.
     places
         Their places in a row, from 0.
     width
@@ -77,8 +92,8 @@ class CsvLayout:
     """
 
     format: str
-    columns: tuple[str, str, str]
-    places: tuple[int, int, int]
+    columns: tuple[str, ...]
+    places: tuple[int, ...]
     width: int
 
     @property
@@ -87,15 +102,19 @@ class CsvLayout:
         return NS_PER_S if self.format == "azure" else 1
 
 
-def read_header(line: str, number: int, file: TraceFile) -> CsvLayout:
-    """Layout of a CSV trace by its header, or the error that names the known ones."""
+def read_header(line: str, number: int, file: TraceFile, *, content: bool) -> CsvLayout:
+    """Layout of a CSV trace by its header, or the error that names the known ones.
+
+    ``content`` says whether hashes are read, where the format has them.
+    """
     header = tuple(cell.strip() for cell in next(csv.reader([line])))
     if header not in _HEADERS:
         rule = f"is not a known header; known: {KNOWN_HEADERS}"
         raise file.error(f"line {number}", rule, ",".join(header))
-    name, (time, prompt, output) = _HEADERS[header]
-    places = (header.index(time), header.index(prompt), header.index(output))
-    return CsvLayout(name, (time, prompt, output), places, len(header))
+    name, columns = _HEADERS[header]
+    if content and _BLOCK_IDS in header:
+        columns = (*columns, _BLOCK_IDS)
+    return CsvLayout(name, columns, tuple(map(header.index, columns)), len(header))
 
 
 def csv_batches(file: TraceFile, layout: CsvLayout) -> Iterator[Batch]:
@@ -128,7 +147,7 @@ class _Cells:
         self.columns = self.split(lines) or self.parse(lines)
 
     def split(self, lines: list[str]) -> list[Sequence[str]] | None:
-        """The three columns where every line is plain: no quotes, no blank, the right width.
+        """The columns where every line is plain: no quotes, no blank, the right width.
 
         A list per row costs more than twice the time (0.38 against 0.17 s for 200,000 lines),
         most of it in the garbage collector.
@@ -141,7 +160,7 @@ class _Cells:
         return [cells[place::width] for place in self.layout.places]
 
     def parse(self, lines: list[str]) -> list[Sequence[str]]:
-        """The three columns of any lines, or the error of the first bad one."""
+        """The columns of any lines, or the error of the first bad one."""
         try:
             rows = list(csv.reader(lines))
         except csv.Error as error:
@@ -161,7 +180,9 @@ class _Cells:
     def batch(self) -> Batch:
         """The rows as numbers."""
         time = self.timestamps_ns() if self.layout.format == "azure" else self.seconds()
-        return Batch(time, self.tokens(1), self.tokens(2), self.error)
+        prompt = self.tokens(1)
+        hashes = self.hashes(prompt) if len(self.layout.columns) > 3 else None
+        return Batch(time, prompt, self.tokens(2), self.error, hashes)
 
     def error(self, row: int, column: int, rule: str) -> InputError:
         """Error about one cell."""
@@ -182,6 +203,19 @@ class _Cells:
         except (ValueError, OverflowError):  # more digits than an int64 holds
             values = np.array([int(cell) if len(cell) < 19 else 2**62 for cell in cells])
         return check_tokens(values, column, self.error)
+
+    def hashes(self, prompt: NDArray[np.int64]) -> Hashes:
+        """Fourth column, of the full blocks of prompts: those of the answer are left out."""
+        rows = [cell.split() for cell in self.columns[3]]
+        counts = prompt // BLOCK_IDS_TOKENS
+        for row, ids in enumerate(rows):
+            if len(ids) < counts[row]:
+                rule = f"has {len(ids)} ids; {prompt[row]} prompt tokens have {counts[row]} blocks"
+                raise self.error(row, 3, rule)
+            if not all(id_.isdigit() and id_.isascii() and len(id_) < 19 for id_ in ids):
+                raise self.error(row, 3, "must be whole numbers below 1e18 with spaces between")
+        kept = (map(int, ids[:n]) for ids, n in zip(rows, counts.tolist(), strict=True))
+        return Hashes(np.fromiter(itertools.chain.from_iterable(kept), np.int64), counts)
 
     def seconds(self) -> NDArray[np.float64]:
         """First column as seconds."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from planner.io.trace_file import MAX_SECONDS, MAX_TOKENS, Batch, check_tokens
+from planner.io.trace_array import JsonArray
+from planner.io.trace_file import MAX_SECONDS, MAX_TOKENS, Batch, Hashes, check_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,23 +33,37 @@ class JsonLayout:
         Keys of time, prompt tokens and output tokens; an empty time: the file holds none.
     units_per_s
         Units of the time in a second.
+    hashes
+        Key of the hashes of the prompt's parts; empty: the file holds none.
+    hash_tokens
+        Tokens of one part; the last of a prompt may have fewer.
 
     """
 
     format: str
     columns: tuple[str, str, str]
     units_per_s: int = 1
+    hashes: str = ""
+    hash_tokens: int = 0
 
 
 _BY_LINE: Final = (
-    JsonLayout("mooncake", ("timestamp", "input_length", "output_length"), 10**3),
+    JsonLayout("mooncake", ("timestamp", "input_length", "output_length"), 10**3, "hash_ids", 512),
     JsonLayout("apex", ("StartTimeOffset", "ContextTokens", "GeneratedTokens"), 10**9),
-    JsonLayout("llmservingsim", ("arrival_time_ns", "input_toks", "output_toks"), 10**9),
+    JsonLayout(
+        "llmservingsim",
+        ("arrival_time_ns", "input_toks", "output_toks"),
+        10**9,
+        "input_tok_ids",
+        1,  # the tokens themselves
+    ),
 )
 """Formats with one object per line; keys and units as in the files that the projects publish."""
 
 _SHAREGPT: Final = JsonLayout("sharegpt", ("", "prompt_len", "output_len"))
 _TURN_TOKENS: Final = "num_tokens"
+_BATCH_ITEMS: Final = 2**12
+"""Elements of an array that are turned into numbers at once; each may hold a long conversation."""
 
 KNOWN_KEYS: Final = " or ".join(",".join(layout.columns) for layout in _BY_LINE)
 """Keys by which a format with one object per line is known."""
@@ -67,8 +83,8 @@ def read_keys(line: str, number: int, file: TraceFile) -> JsonLayout:
     raise file.error(f"line {number}", f"has the keys of no known trace; known: {KNOWN_KEYS}")
 
 
-def jsonl_batches(file: TraceFile, layout: JsonLayout) -> Iterator[Batch]:
-    """Rows of a trace with one object per line; blank lines are left out.
+def jsonl_batches(file: TraceFile, layout: JsonLayout, *, content: bool) -> Iterator[Batch]:
+    """Rows of a trace with one object per line, with hashes if ``content``; no blank lines.
 
     Raises
     ------
@@ -83,7 +99,8 @@ def jsonl_batches(file: TraceFile, layout: JsonLayout) -> Iterator[Batch]:
             rows = _parse_lines([line for _, line in filled]) or [
                 _parse(line, number, file) for number, line in filled
             ]
-            yield _Values(rows, [f"line {n}" for n in numbers], file, layout).batch()
+            values = _Values(rows, [f"line {n}" for n in numbers], file, layout)
+            yield values.batch(content=content and bool(layout.hashes))
 
 
 def sharegpt_batches(file: TraceFile) -> Iterator[Batch]:
@@ -99,16 +116,10 @@ def sharegpt_batches(file: TraceFile) -> Iterator[Batch]:
         When the file is not a JSON array of such objects.
 
     """
-    text = "\n".join(line for _, lines in file.chunks() for line in lines)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise file.error(f"line {error.lineno}", f"JSON: {error.msg}") from None
-    except RecursionError:
-        raise file.error("", "JSON: nested too deeply") from None
-    flat = [_first_exchange(row, number, file) for number, row in enumerate(rows, 1)]
-    if flat:
-        yield _Values(flat, [f"item {n}" for n in range(1, len(flat) + 1)], file, _SHAREGPT).batch()
+    elements = enumerate(JsonArray(file).elements(), 1)
+    while batch := list(itertools.islice(elements, _BATCH_ITEMS)):
+        rows = [_first_exchange(row, number, file) for number, row in batch]
+        yield _Values(rows, [f"item {number}" for number, _ in batch], file, _SHAREGPT).batch()
 
 
 def _first_exchange(row: Any, number: int, file: TraceFile) -> dict[str, Any]:
@@ -171,10 +182,47 @@ class _Values:
         self.file = file
         self.layout = layout
 
-    def batch(self) -> Batch:
+    def batch(self, *, content: bool = False) -> Batch:
         """The rows as numbers."""
         time = self.time() if self.layout.columns[0] else np.zeros(len(self.rows))
-        return Batch(time, self.tokens(1), self.tokens(2), self.error)
+        prompt = self.tokens(1)
+        hashes = self.hashes(prompt) if content else None
+        return Batch(time, prompt, self.tokens(2), self.error, hashes)
+
+    def hashes(self, prompt: NDArray[np.int64]) -> Hashes:
+        """Hashes of the prompts' parts; a row without any has a prompt of its own."""
+        key = self.layout.hashes
+        lists = [row.get(key, []) for row in self.rows]
+        if set(map(type, lists)) != {list}:
+            row = next(i for i, ids in enumerate(lists) if type(ids) is not list)
+            raise self.file.error(f"{self.places[row]}, {key}", "must be a list of whole numbers")
+        counts = np.array(list(map(len, lists)), dtype=np.int64)
+        parts = -(-prompt // self.layout.hash_tokens)
+        bad = (counts != parts) & (counts > 0)
+        if bad.any():
+            row = int(bad.argmax())
+            unit = f"parts of {self.layout.hash_tokens}" if self.layout.hash_tokens > 1 else "ids"
+            rule = (
+                f"has {counts[row]} entries; {prompt[row]} prompt tokens have {parts[row]} {unit}"
+            )
+            raise self.file.error(f"{self.places[row]}, {key}", rule)
+        return Hashes(self.flat(lists), counts)
+
+    def flat(self, lists: list[list[Any]]) -> NDArray[np.int64]:
+        """All hashes, one after another."""
+        flat = list(itertools.chain.from_iterable(lists))
+        try:
+            if set(map(type, flat)) <= {int}:
+                return np.array(flat, dtype=np.int64)
+        except OverflowError:
+            pass
+        row = next(
+            i
+            for i, ids in enumerate(lists)
+            if not all(type(v) is int and abs(v) < 2**63 for v in ids)
+        )
+        where = f"{self.places[row]}, {self.layout.hashes}"
+        raise self.file.error(where, "must be a list of whole numbers below 2**63")
 
     def error(self, row: int, column: int, rule: str) -> InputError:
         """Error about one value."""

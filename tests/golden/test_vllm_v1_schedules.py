@@ -7,12 +7,9 @@ batch is formed, preempted requests with the head of the waiting queue first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 import pytest
 
-from simulator.engine import advance, empty_gaps
+from simulator.rules import Rules
 from simulator.state import (
     ARRIVAL,
     BOUND_BLOCKS,
@@ -21,58 +18,11 @@ from simulator.state import (
     COMPUTED,
     FINISH,
     FIRST_TOKEN,
-    FREE_BLOCKS,
     GENERATED,
     PREEMPTIONS,
-    RUNNING,
-    STACKED,
-    STARTED,
-    State,
-    initial_state,
 )
-from tests.builders import TICK_S, limits, linear_cost, workload
-
-if TYPE_CHECKING:
-    from simulator.state import Limits
-    from simulator.workload import Workload
-
-
-class Row(NamedTuple):
-    """One iteration of one replica, as it starts."""
-
-    tick: float
-    replica: int
-    batch: list[tuple[int, int]]
-    free: int
-    preempted: list[int]
-
-
-def play(what: Workload, under: Limits, replicas: int = 1) -> tuple[list[Row], State]:
-    """Run iteration by iteration, at one tick each; the rows and the state at the end."""
-    state = initial_state(what, replicas, under)
-    cost, gaps = linear_cost(TICK_S), empty_gaps(0)
-    rows: list[Row] = []
-    while True:
-        before = state.clock_s[:, STARTED].copy()
-        if advance(state, under, cost, gaps, 1):
-            return rows, state
-        (r,) = np.flatnonzero(state.clock_s[:, STARTED] != before).tolist()
-        n, stacked = state.replica[r, RUNNING], state.replica[r, STACKED]
-        batch = zip(state.running[r, :n].tolist(), state.scheduled[r, :n].tolist(), strict=True)
-        rows.append(
-            Row(
-                tick=float(state.clock_s[r, STARTED] / TICK_S),
-                replica=r,
-                batch=list(batch),
-                free=int(state.replica[r, FREE_BLOCKS]),
-                preempted=state.preempted[r, :stacked][::-1].tolist(),
-            )
-        )
-
-
-def ticks(state: State, column: int) -> list[float]:
-    """One column of the request times, in ticks."""
-    return (state.time_s[:, column] / TICK_S).tolist()
+from tests.builders import TICK_S, limits, workload
+from tests.schedules import Row, play, ticks
 
 
 def test_prompts_are_cut_by_the_token_budget_and_share_what_is_left() -> None:
@@ -243,7 +193,7 @@ GATE = workload([4, 12], [4, 1])  # request 1 needs 3 blocks in all, 1 for its f
 
 def test_the_gate_admits_only_what_fits_in_full() -> None:
     """With the full-prompt gate the long prompt waits until all its blocks are free."""
-    rows, state = play(GATE, limits(tokens=4, blocks=4, reserve=True))
+    rows, state = play(GATE, limits(tokens=4, blocks=4))
     assert rows == [
         Row(0, 0, [(0, 4)], 3, []),
         Row(1, 0, [(0, 1)], 2, []),  # 5 tokens: 2nd block; 3 blocks > 2 free
@@ -259,7 +209,7 @@ def test_the_gate_admits_only_what_fits_in_full() -> None:
 
 def test_without_the_gate_a_first_chunk_is_admitted_and_thrown_away() -> None:
     """Without it the first chunk gets in, runs out of blocks and starts over: nothing gained."""
-    rows, state = play(GATE, limits(tokens=4, blocks=4, reserve=False))
+    rows, state = play(GATE, limits(tokens=4, blocks=4), Rules(reserve_full_prompt=False))
     assert rows == [
         Row(0, 0, [(0, 4)], 3, []),
         Row(1, 0, [(0, 1), (1, 3)], 1, []),  # 3 tokens left in the budget: 1 block
@@ -305,7 +255,9 @@ def test_a_closed_loop_deals_later_requests_to_the_replicas_in_turn() -> None:
     # Requests 0, 1, 2 go to replicas 0, 1, 0, so request 3 goes to replica 1. It is sent when
     # replica 0 finishes request 0 at tick 1. Replica 1 also acts at tick 1, after replica 0
     # (lower number first), so it already sees request 3.
-    rows, state = play(workload([4] * 4, [1, 2, 2, 1], concurrency=3), limits(blocks=10), 2)
+    rows, state = play(
+        workload([4] * 4, [1, 2, 2, 1], concurrency=3), limits(blocks=10), replicas=2
+    )
     assert rows == [
         Row(0, 0, [(0, 4), (2, 4)], 8, []),
         Row(0, 1, [(1, 4)], 9, []),

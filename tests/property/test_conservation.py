@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.engine import advance, empty_gaps
 from simulator.run import Run
 from simulator.state import (
     ARRIVAL,
     COMPUTED,
-    EVENT,
+    ENDS,
     FINISH,
     FINISHED,
     FIRST_TOKEN,
@@ -23,7 +23,7 @@ from simulator.state import (
     IN_FLIGHT,
     ITERATIONS,
     LAST_TOKEN,
-    NEVER_S,
+    NEVER_PS,
     PEAK_BLOCKS,
     PEAK_DEMAND,
     PEAK_SEATS,
@@ -35,27 +35,24 @@ from simulator.state import (
     STARTED,
     initial_state,
 )
-from tests.builders import TICK_S, cases, limits, linear_cost, workload
+from simulator.timing import in_ps
+from tests.builders import GATED, TICK_S, bytes_of, cases, limits, linear_cost, workload
+from tests.schedules import watch
 
 if TYPE_CHECKING:
+    from simulator.policies.batch import Batch
     from simulator.state import Limits, State
     from tests.builders import Case
 
 EXAMPLES = settings(max_examples=150, deadline=None)
 STEPWISE = settings(max_examples=60, deadline=None)
-RELATIVE = 1e-9
-
-
-def run_of(case: Case, *, record_gaps: bool = False) -> Run:
-    """A fresh run of the case."""
-    return Run(case.workload, case.replicas, case.limits, case.cost, record_gaps=record_gaps)
 
 
 @EXAMPLES
 @given(case=cases())
 def test_every_request_finishes_once_with_all_its_tokens(case: Case) -> None:
     """Each request is counted once, has emitted its output and holds no block."""
-    run = run_of(case)
+    run = case.start()
     run.finish()
     request, counters = run.state.request, run.state.counters
     assert counters[FINISHED] == case.workload.num_requests
@@ -72,26 +69,26 @@ def test_every_request_finishes_once_with_all_its_tokens(case: Case) -> None:
 @given(case=cases())
 def test_times_of_a_request_are_in_order(case: Case) -> None:
     """A request arrives, emits its first token, then its last, and finishes with it."""
-    run = run_of(case)
+    run = case.start()
     run.finish()
-    time_s = run.state.time_s
-    assert np.isfinite(time_s[:, [ARRIVAL, FIRST_TOKEN, LAST_TOKEN, FINISH]]).all()
+    time_ps = run.state.time_ps
+    assert (time_ps < NEVER_PS).all()
     # Ingress and one whole iteration lie between arrival and first token.
-    least_s = case.limits.ingress_s + case.cost.iteration_host_s
-    assert (time_s[:, FIRST_TOKEN] - time_s[:, ARRIVAL] >= least_s * (1 - RELATIVE)).all()
+    least_ps = case.limits.ingress_ps + case.cost.host_ps[0]
+    assert (time_ps[:, FIRST_TOKEN] - time_ps[:, ARRIVAL] >= least_ps).all()
     single = case.workload.output_tokens == 1
-    assert np.array_equal(time_s[single, FIRST_TOKEN], time_s[single, LAST_TOKEN])
-    assert (time_s[~single, FIRST_TOKEN] < time_s[~single, LAST_TOKEN]).all()
-    assert np.array_equal(time_s[:, LAST_TOKEN], time_s[:, FINISH])
+    assert np.array_equal(time_ps[single, FIRST_TOKEN], time_ps[single, LAST_TOKEN])
+    assert (time_ps[~single, FIRST_TOKEN] < time_ps[~single, LAST_TOKEN]).all()
+    assert np.array_equal(time_ps[:, LAST_TOKEN], time_ps[:, FINISH])
     if not case.workload.concurrency:
-        assert np.array_equal(time_s[:, ARRIVAL], case.workload.arrival_s)
+        assert np.array_equal(time_ps[:, ARRIVAL], in_ps(case.workload.arrival_s))
 
 
 @EXAMPLES
 @given(case=cases())
 def test_requests_are_dealt_to_the_replicas_in_turn(case: Case) -> None:
     """Request i runs on replica i modulo their number, in a closed loop too."""
-    run = run_of(case)
+    run = case.start()
     run.finish()
     turn = np.arange(case.workload.num_requests) % case.replicas
     assert np.array_equal(run.state.request[:, REPLICA], turn)
@@ -102,7 +99,7 @@ def test_requests_are_dealt_to_the_replicas_in_turn(case: Case) -> None:
 def test_a_closed_loop_never_has_more_in_flight_than_its_concurrency(case: Case) -> None:
     """Each request after the first ones is sent at the very moment at which another finishes."""
     clients = case.workload.concurrency
-    result = run_of(case).finish()
+    result = case.start().finish()
     sent = np.sort(result.arrival_s)
     assert np.array_equal(sent, result.arrival_s)
     if clients:
@@ -115,7 +112,7 @@ def test_a_closed_loop_never_has_more_in_flight_than_its_concurrency(case: Case)
 @given(case=cases())
 def test_peaks_stay_within_the_limits(case: Case) -> None:
     """No peak of seats, tokens or blocks exceeds its limit, nor does what admission demanded."""
-    usage = run_of(case).finish().usage
+    usage = case.start().finish().usage
     assert 1 <= usage.seats <= case.limits.max_num_seqs
     assert 1 <= usage.tokens <= case.limits.max_num_batched_tokens
     assert 1 <= usage.blocks <= usage.demanded_blocks <= case.limits.num_blocks
@@ -142,42 +139,42 @@ def check_iteration(state: State, under: Limits, r: int) -> None:
 @STEPWISE
 @given(case=cases())
 def test_time_never_goes_back_and_every_iteration_is_within_its_limits(case: Case) -> None:
-    """Stepping through a run, the next event is never earlier than the one before."""
-    state = initial_state(case.workload, case.replicas, case.limits)
-    gaps = empty_gaps(0)
-    last_s, steps, done = -np.inf, 0, False
+    """Batches start in order of time, the lower replica first, and none exceeds a limit."""
+    whole = case.start(plain=True)
+    whole.finish()
+    state = initial_state(case.workload, case.replicas, case.limits, case.rules, case.cost)
+    starts: list[tuple[int, int]] = []
+    preempted = [0]
     peaks = np.zeros((case.replicas, 4), np.int64)
-    while not done:
-        before = state.clock_s[:, STARTED].copy()
-        preemptions = int(state.request[:, PREEMPTIONS].sum())
-        done = bool(advance(state, case.limits, case.cost, gaps, 1))
-        clock_s, event_s = state.clock_s, float(state.clock_s[:, EVENT].min())
-        assert event_s >= last_s
-        last_s = event_s
-        flying = state.replica[:, IN_FLIGHT] == 1
-        assert (clock_s[flying, STARTED] <= clock_s[flying, EVENT]).all()
-        if done:
-            break
-        steps += 1
-        (r,) = np.flatnonzero(clock_s[:, STARTED] != before)
-        check_iteration(state, case.limits, int(r))
+
+    def check(batch: Batch, r: int, slot: int) -> None:
+        started_ps, ends_ps = state.slot[r, slot, [STARTED, ENDS]].tolist()
+        assert started_ps < ends_ps
+        assert state.replica[r, IN_FLIGHT] == 1
+        starts.append((started_ps, r))
+        check_iteration(state, case.limits, r)
         n = state.replica[r, RUNNING]
         used = case.limits.num_blocks - state.replica[r, FREE_BLOCKS]
-        now = np.array([n, state.scheduled[r, :n].sum(), used, used])
-        peaks[r] = np.maximum(peaks[r], now)
-        if state.request[:, PREEMPTIONS].sum() > preemptions:
+        assert batch.tokens == state.scheduled[r, :n].sum()
+        peaks[r] = np.maximum(peaks[r], [n, batch.tokens, used, used])
+        preempted.append(int(state.request[:, PREEMPTIONS].sum()))
+        if preempted[-1] > preempted[-2]:
             assert state.replica[r, STACKED] > 0  # nobody resumes in the step of a preemption
-    assert steps == state.counters[ITERATIONS]
-    assert (state.clock_s[:, EVENT] == NEVER_S).all()  # nothing is left to happen
+
+    watch(state, case.limits, case.rules, case.cost, check)
+    assert starts == sorted(starts)
+    assert len(starts) == state.counters[ITERATIONS]
+    assert (state.event_ps == NEVER_PS).all()  # nothing is left to happen
     assert np.array_equal(peaks[:, :3], state.replica[:, [PEAK_SEATS, PEAK_TOKENS, PEAK_BLOCKS]])
     assert (peaks[:, 3] <= state.replica[:, PEAK_DEMAND]).all()
+    assert bytes_of(state) == bytes_of(whole.state)  # as plain Python and compiled
 
 
 @EXAMPLES
 @given(case=cases(), cuts=st.lists(st.integers(1, 7), min_size=1, max_size=5))
 def test_cutting_a_run_into_calls_changes_nothing(case: Case, cuts: list[int]) -> None:
     """Advancing by any sequence of iteration counts gives the trajectory of one call."""
-    whole, pieces = run_of(case, record_gaps=True), run_of(case, record_gaps=True)
+    whole, pieces = case.start(record_gaps=True), case.start(record_gaps=True)
     expected = whole.finish()
     turn = 0
     while not pieces.advance(cuts[turn % len(cuts)]):
@@ -194,35 +191,34 @@ def test_cutting_a_run_into_calls_changes_nothing(case: Case, cuts: list[int]) -
 @given(case=cases())
 def test_recorded_gaps_add_up(case: Case) -> None:
     """Gaps number one less than the tokens, and sum to the time from first token to last."""
-    result = run_of(case, record_gaps=True).finish()
+    result = case.start(record_gaps=True).finish()
     assert result.gaps is not None
     gap_s, count = result.gaps
     assert (gap_s > 0).all()
     assert (count >= 1).all()
     assert count.sum() == (case.workload.output_tokens - 1).sum()
     total_s = (result.finish_s - result.first_token_s).sum()
-    assert np.isclose((gap_s * count).sum(), total_s, rtol=RELATIVE, atol=0)
+    assert np.isclose((gap_s * count).sum(), total_s, rtol=1e-9, atol=0)
 
 
 @EXAMPLES
 @given(case=cases())
 def test_a_repeated_run_and_a_recorded_one_give_the_same_bytes(case: Case) -> None:
     """Two runs of one case agree bit by bit, with or without recording gaps."""
-    first, again = run_of(case), run_of(case)
-    recorded = run_of(case, record_gaps=True)
+    first, again = case.start(plain=True), case.start(plain=True)
+    recorded = case.start(record_gaps=True)
     expected = first.finish()
     for other in (again, recorded):
         result = other.finish()
         assert result.trajectory_hash() == expected.trajectory_hash()
-        for name in first.state._fields:
-            assert getattr(first.state, name).tobytes() == getattr(other.state, name).tobytes()
+        assert bytes_of(other.state) == bytes_of(first.state)
 
 
 @EXAMPLES
 @given(case=cases())
 def test_limits_that_never_bound_can_be_raised_without_effect(case: Case) -> None:
     """A limit whose flag is off changes no request's times when it is lifted."""
-    result = run_of(case).finish()
+    result = case.start().finish()
     usage, under = result.usage, case.limits
     tokens = under.max_num_batched_tokens if usage.tokens_bound else 200
     lifted = under._replace(
@@ -230,7 +226,7 @@ def test_limits_that_never_bound_can_be_raised_without_effect(case: Case) -> Non
         max_num_batched_tokens=tokens,
         num_blocks=under.num_blocks if usage.blocks_bound else 5000,
     )
-    again = Run(case.workload, case.replicas, lifted, case.cost).finish()
+    again = replace(case, limits=lifted).start().finish()
     assert again.trajectory_hash() == result.trajectory_hash()
 
 
@@ -238,7 +234,7 @@ def test_limits_that_never_bound_can_be_raised_without_effect(case: Case) -> Non
 @given(case=cases())
 def test_unbound_limits_can_be_lowered_to_their_peaks(case: Case) -> None:
     """Where no limit bound, the peaks of use are limits under which nothing changes."""
-    result = run_of(case).finish()
+    result = case.start().finish()
     usage = result.usage
     if usage.seats_bound or usage.tokens_bound or usage.blocks_bound:
         return
@@ -249,7 +245,7 @@ def test_unbound_limits_can_be_lowered_to_their_peaks(case: Case) -> None:
         max_num_batched_tokens=usage.tokens,
         num_blocks=max(usage.demanded_blocks, least_blocks),
     )
-    again = Run(case.workload, case.replicas, narrow, case.cost).finish()
+    again = replace(case, limits=narrow).start().finish()
     assert again.trajectory_hash() == result.trajectory_hash()
 
 
@@ -258,7 +254,7 @@ def test_a_long_record_of_gaps_is_drained_in_pieces() -> None:
     # On one seat every decode step is an entry: 70 requests of 1,000 tokens give 70 * 999 of them.
     what = workload([1] * 70, [1000] * 70)
     cost = linear_cost(TICK_S, max_context=2048)
-    result = Run(what, 1, limits(seqs=1, blocks=1000), cost, record_gaps=True).finish()
+    result = Run(what, 1, limits(seqs=1, blocks=1000), cost, GATED, record_gaps=True).finish()
     assert result.gaps is not None
     gap_s, count = result.gaps
     assert len(gap_s) == count.sum() == 70 * 999

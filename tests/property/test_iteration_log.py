@@ -9,23 +9,28 @@ import pytest
 from hypothesis import event, given, settings
 
 import simulator.run
-from simulator.run import Run
 from simulator.state import (
     ARRIVAL,
     COMPUTED,
-    EVENT,
+    ENDS,
     FINISH,
     FREE_BLOCKS,
     GENERATED,
+    NEVER_PS,
     PROMPT,
     REPLICA,
     RUNNING,
     STARTED,
+    initial_state,
 )
-from tests.builders import cases
+from simulator.timing import in_s
+from tests.builders import bytes_of, cases
+from tests.schedules import watch
 
 if TYPE_CHECKING:
     from simulator.iteration_log import Iterations
+    from simulator.policies.batch import Batch
+    from simulator.run import Run
     from tests.builders import Case
 
 EXAMPLES = settings(max_examples=150, deadline=None)
@@ -44,7 +49,7 @@ ARRAYS = (
 
 def logged_run(case: Case) -> Run:
     """A fresh run of the case that keeps every iteration."""
-    run = Run(case.workload, case.replicas, case.limits, case.cost, record_gaps=True)
+    run = case.start(record_gaps=True)
     run.record_iterations()
     return run
 
@@ -58,43 +63,44 @@ def rows(log: Iterations) -> list[tuple[float, ...]]:
 @given(case=cases())
 def test_every_row_is_what_the_state_shows(case: Case) -> None:
     """Each row is read off the state again, step by step; recomputed tokens are counted too."""
-    run = Run(case.workload, case.replicas, case.limits, case.cost)
-    state = run.state
+    state = initial_state(case.workload, case.replicas, case.limits, case.rules, case.cost)
     expected, recomputed = [], 0
-    while True:
-        computed = state.request[:, COMPUTED].copy()
-        before_s = state.clock_s[:, STARTED].copy()
-        if run.advance(1):
-            break
-        (r,) = np.flatnonzero(state.clock_s[:, STARTED] != before_s).tolist()
+    computed = state.request[:, COMPUTED].copy()
+
+    def note(_batch: Batch, r: int, slot: int) -> None:
+        nonlocal computed, recomputed
         n = int(state.replica[r, RUNNING])
-        batch, new = state.running[r, :n].copy(), state.scheduled[r, :n]
+        batch, new = state.running[r, :n], state.scheduled[r, :n]
         prompt, done = state.request[batch, PROMPT], state.request[batch, COMPUTED]
         known = prompt + state.request[batch, GENERATED]
         fresh = np.zeros(len(computed), np.int64)
         fresh[batch] = new
         recomputed += int((computed + fresh - state.request[:, COMPUTED]).sum())
-        counts = (
-            int(new.sum()),
-            int(((new == 1) & (done - 1 >= prompt)).sum()),
-            int((done == known).sum()),
-            n,
+        computed = state.request[:, COMPUTED].copy()
+        started_ps, ends_ps = state.slot[r, slot, [STARTED, ENDS]]
+        sent = (state.request[:, REPLICA] == r) & (state.time_ps[:, ARRIVAL] != NEVER_PS)
+        queued_ps = np.where(sent, state.time_ps[:, ARRIVAL], 0) + case.limits.ingress_ps
+        waiting = sent & (queued_ps <= started_ps) & (state.time_ps[:, FINISH] == NEVER_PS)
+        waiting[batch] = False
+        expected.append(
+            (
+                r,
+                float(in_s(started_ps)),
+                float(in_s(ends_ps)),
+                int(new.sum()),
+                int(((new == 1) & (done - 1 >= prompt)).sum()),
+                int((done == known).sum()),
+                n,
+                int(waiting.sum()),
+                int(state.replica[r, FREE_BLOCKS]),
+            )
         )
-        times_s = float(state.clock_s[r, STARTED]), float(state.clock_s[r, EVENT])
-        expected.append((r, times_s, counts, batch, int(state.replica[r, FREE_BLOCKS])))
 
+    watch(state, case.limits, case.rules, case.cost, note)
     result = logged_run(case).finish()
     event(f"preemptions: {min(result.preemptions, 3)}")
     assert result.log is not None
-    # Who was waiting is known only now: a closed-loop client may send in the same instant.
-    queued_s = state.time_s[:, ARRIVAL] + case.limits.ingress_s
-    checked = []
-    for r, times_s, counts, batch, free in expected:
-        there = (state.request[:, REPLICA] == r) & (queued_s <= times_s[0])
-        there &= state.time_s[:, FINISH] > times_s[0]
-        there[batch] = False
-        checked.append((r, *times_s, *counts, int(there.sum()), free))
-    assert rows(result.log) == checked
+    assert rows(result.log) == expected
     once = int((case.workload.prompt_tokens + case.workload.output_tokens - 1).sum())
     assert result.log.tokens.sum() == once + recomputed
 
@@ -127,11 +133,10 @@ def test_the_log_agrees_with_the_times_of_requests(case: Case) -> None:
 @given(case=cases())
 def test_logging_changes_nothing(case: Case) -> None:
     """A run with a log goes through the states of one without, bit by bit."""
-    plain = Run(case.workload, case.replicas, case.limits, case.cost, record_gaps=True)
+    plain = case.start(record_gaps=True)
     logged = logged_run(case)
     assert plain.finish().trajectory_hash() == logged.finish().trajectory_hash()
-    for name in plain.state._fields:
-        assert getattr(plain.state, name).tobytes() == getattr(logged.state, name).tobytes()
+    assert bytes_of(plain.state) == bytes_of(logged.state)
 
 
 @settings(max_examples=50, deadline=None)

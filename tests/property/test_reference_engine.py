@@ -9,18 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 from hypothesis import event, given, settings
 
-from simulator.run import Run
-from simulator.timing import iteration_s
+from simulator.state import ARRIVAL, FINISH, FIRST_TOKEN
+from simulator.timing import iteration_ps
 from tests.builders import cases
 
 if TYPE_CHECKING:
+    from simulator.rules import Rules
     from simulator.state import Limits
     from simulator.timing import IterationCost
-    from simulator.workload import Workload
     from tests.builders import Case
+
+NEVER_PS = 2**63 - 1
 
 
 @dataclass(eq=False)
@@ -29,13 +30,13 @@ class Request:
 
     prompt: int
     output: int
-    sent_s: float = np.inf
+    sent_ps: int = NEVER_PS
     computed: int = 0
     generated: int = 0
     blocks: int = 0
     preemptions: int = 0
-    first_s: float = np.inf
-    finish_s: float = np.inf
+    first_ps: int = NEVER_PS
+    finish_ps: int = NEVER_PS
 
     @property
     def tokens(self) -> int:
@@ -48,19 +49,20 @@ class Server:
     """One replica: its queues, its free blocks and the batch that it computes."""
 
     under: Limits
+    rules: Rules
     cost: IterationCost
     free: int
     waiting: list[Request] = field(default_factory=list)
     running: list[Request] = field(default_factory=list)
     batch: list[tuple[Request, int]] = field(default_factory=list)
-    now_s: float = 0.0
-    end_s: float = np.inf
+    now_ps: int = 0
+    end_ps: int = NEVER_PS
 
-    def next_event_s(self) -> float:
+    def next_event_ps(self) -> int:
         """End of the batch, or the moment at which the head of the queue gets in."""
         if self.batch:
-            return self.end_s
-        return self.waiting[0].sent_s + self.under.ingress_s if self.waiting else np.inf
+            return self.end_ps
+        return self.waiting[0].sent_ps + self.under.ingress_ps if self.waiting else NEVER_PS
 
     def lacks(self, request: Request, tokens: int) -> int:
         """Blocks missing to hold the first ``tokens`` tokens."""
@@ -99,11 +101,11 @@ class Server:
                 chosen.append((request, tokens))
                 budget -= tokens
         while not preempted and budget > 0 and len(self.running) < self.under.max_num_seqs:
-            if not self.waiting or self.waiting[0].sent_s + self.under.ingress_s > self.now_s:
+            if not self.waiting or self.waiting[0].sent_ps + self.under.ingress_ps > self.now_ps:
                 break
             head = self.waiting[0]
             tokens = min(head.tokens, budget)
-            must_fit = head.tokens if self.under.reserve_full_prompt else tokens
+            must_fit = head.tokens if self.rules.reserve_full_prompt else tokens
             if self.lacks(head, must_fit) > self.free:
                 break
             self.running.append(self.waiting.pop(0))
@@ -112,22 +114,23 @@ class Server:
             budget -= tokens
         return chosen
 
-    def start(self, now_s: float) -> None:
+    def start(self, now_ps: int) -> None:
         """Form a batch and time it; without work the server idles."""
-        self.now_s = now_s
+        self.now_ps = now_ps
         self.batch = self.schedule()
         if not self.batch:
             return
         # A single token whose prompt lies behind it is a decode; all else counts as prompt.
         decodes = [r for r, n in self.batch if n == 1 and r.computed >= r.prompt]
         prompts = [(r.computed, n) for r, n in self.batch if n > 1 or r.computed < r.prompt]
-        prefill_s = self.cost.prefill_s
-        self.end_s = now_s + iteration_s(
+        prefill_ps = self.cost.prefill_ps[0]
+        self.end_ps = now_ps + iteration_ps(
             self.cost,
+            0,
             sum(n for _, n in self.batch),
             len(decodes),
             sum(r.computed + 1 for r in decodes),
-            float(sum(prefill_s[done + n] - prefill_s[done] for done, n in prompts)),
+            int(sum(prefill_ps[done + n] - prefill_ps[done] for done, n in prompts)),
             sum(r.computed + n == r.tokens for r, n in self.batch),
             bool(prompts),
         )
@@ -141,9 +144,9 @@ class Server:
             if request.computed < request.tokens:
                 continue
             request.generated += 1
-            request.first_s = min(request.first_s, self.end_s)
+            request.first_ps = min(request.first_ps, self.end_ps)
             if request.generated == request.output:
-                request.finish_s = self.end_s
+                request.finish_ps = self.end_ps
                 self.running.remove(request)
                 self.release(request)
                 done.append(request)
@@ -151,28 +154,30 @@ class Server:
         return done
 
 
-def naive_run(what: Workload, replicas: int, under: Limits, cost: IterationCost) -> list[Request]:
+def naive_run(case: Case) -> list[Request]:
     """All requests after a run; the lower replica acts first where events coincide."""
+    what, replicas = case.workload, case.replicas
     lengths = zip(what.prompt_tokens.tolist(), what.output_tokens.tolist(), strict=True)
     requests = [Request(prompt, output) for prompt, output in lengths]
-    servers = [Server(under, cost, under.num_blocks) for _ in range(replicas)]
+    blocks = case.limits.num_blocks
+    servers = [Server(case.limits, case.rules, case.cost, blocks) for _ in range(replicas)]
     unsent = list(enumerate(requests))
 
-    def send(at_s: float) -> None:
+    def send(at_ps: int) -> None:
         if unsent:
             i, request = unsent.pop(0)
-            request.sent_s = at_s
+            request.sent_ps = at_ps
             servers[i % replicas].waiting.append(request)
 
-    for arrival_s in what.arrival_s[: what.known_arrivals].tolist():
-        send(arrival_s)
-    while any(request.finish_s == np.inf for request in requests):
-        server = min(servers, key=Server.next_event_s)  # the first of equals
-        now_s = server.next_event_s()
+    for arrival_s in what.arrival_s[: what.concurrency or None].tolist():
+        send(round(arrival_s * 1e12))
+    while any(request.finish_ps == NEVER_PS for request in requests):
+        server = min(servers, key=Server.next_event_ps)  # the first of equals
+        now_ps = server.next_event_ps()
         for _ in server.stop():
             if what.concurrency:
-                send(now_s)
-        server.start(now_s)
+                send(now_ps)
+        server.start(now_ps)
     return requests
 
 
@@ -180,11 +185,11 @@ def naive_run(what: Workload, replicas: int, under: Limits, cost: IterationCost)
 @given(case=cases())
 def test_the_naive_engine_gives_the_same_times(case: Case) -> None:
     """Send, first token, finish and preemption count of every request agree with the naive run."""
-    run = Run(case.workload, case.replicas, case.limits, case.cost)
+    run = case.start()
     result = run.finish()
-    naive = naive_run(case.workload, case.replicas, case.limits, case.cost)
+    naive = naive_run(case)
     event(f"preemptions: {min(result.preemptions, 3)}")
-    got = np.column_stack([result.arrival_s, result.first_token_s, result.finish_s])
-    expected = np.array([[one.sent_s, one.first_s, one.finish_s] for one in naive])
-    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+    got = run.state.time_ps[:, [ARRIVAL, FIRST_TOKEN, FINISH]]
+    expected = [[one.sent_ps, one.first_ps, one.finish_ps] for one in naive]
+    assert got.tolist() == expected
     assert result.preemptions == sum(one.preemptions for one in naive)

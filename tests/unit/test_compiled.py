@@ -18,8 +18,9 @@ if "count references" in sys.argv:  # before anything is compiled, and without t
     compiled._FLAGS.update(_nrt=True, cache=False)
 import hashlib
 import numba
+from simulator.rules import Rules
 from simulator.run import Run
-from tests.builders import TICK_S, limits, linear_cost, workload
+from tests.builders import TICK_S, bytes_of, limits, linear_cost, workload
 
 prompts = [1 + (7 * i) % 23 for i in range(40)]
 outputs = [1 + (5 * i) % 19 for i in range(40)]
@@ -30,13 +31,14 @@ preemptions = 0
 for concurrency in (0, 6):
     for reserve in (True, False):
         what = workload(prompts, outputs, arrivals if not concurrency else None, concurrency)
-        under = limits(seqs=5, tokens=24, blocks=14, reserve=reserve, ingress_s=1e-4)
-        run = Run(what, 2, under, cost, record_gaps=True)
+        under = limits(seqs=5, tokens=24, blocks=14, ingress_s=1e-4)
+        rules = Rules(reserve_full_prompt=reserve)
+        run = Run(what, 2, under, cost, rules, record_gaps=True)
         result = run.finish()
         preemptions += result.preemptions
         digest.update(result.trajectory_hash().encode())
-        for array in (*run.state, *result.gaps):
-            digest.update(array.tobytes())
+        for part in (*bytes_of(run.state), *(array.tobytes() for array in result.gaps)):
+            digest.update(part)
 print(numba.config.DISABLE_JIT, preemptions > 0, digest.hexdigest())
 """
 

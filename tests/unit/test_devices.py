@@ -22,6 +22,7 @@ from simulator.plan import BatchingLimits
 from simulator.precision import PRECISIONS
 from simulator.units import GIB
 from tests import problems
+from tests.builders import iteration_s
 
 if TYPE_CHECKING:
     from simulator.model import ModelShape
@@ -87,9 +88,7 @@ def compiler(device: str, model: ModelShape, version: str = NEWEST) -> CostCompi
 
 def decode_s(device: str, model: ModelShape, tp: int) -> float:
     """One decode iteration of one sequence."""
-    cost = compiler(device, model).compile(tp, LIMITS)
-    column = int(np.searchsorted(cost.context_knots, CONTEXT))
-    return float(cost.decode_s[1] + cost.attention_s[1, column] + cost.sampled_s[1])
+    return iteration_s(compiler(device, model).compile(tp, LIMITS), 1, 1, CONTEXT, 0.0, 1, False)
 
 
 def read_weights_s(device: str, model: ModelShape, tp: int) -> float:
@@ -152,15 +151,13 @@ def test_costs_are_finite_positive_and_monotone(device: str, name: str) -> None:
     assert costs.widths == WIDTHS.get(device, NODE)
     for tp in costs.widths:
         cost = costs.compile(tp, LIMITS)
-        for array in (cost.decode_s, cost.mixed_s, cost.sampled_s, cost.prefill_s):
-            assert np.isfinite(array).all()
-            assert (array[1:] > 0).all()
+        for array in (cost.decode_ps, cost.mixed_ps, cost.sampled_ps, cost.prefill_ps):
+            assert (array[:, 1:] > 0).all()
             assert (np.diff(array) >= 0).all()
-        assert np.isfinite(cost.attention_s).all()
-        assert (cost.attention_s > 0).all()
-        assert (np.diff(cost.attention_s, axis=0) >= 0).all()
-        assert (np.diff(cost.attention_s, axis=1) >= 0).all()
-        assert (cost.mixed_s >= cost.decode_s).all()
+        assert (cost.attention_ps > 0).all()
+        assert (np.diff(cost.attention_ps, axis=1) >= 0).all()
+        assert (np.diff(cost.attention_ps, axis=2) >= 0).all()
+        assert (cost.mixed_ps >= cost.decode_ps).all()
         labels = costs.provenance(tp, tokens=512, sequences=32, context=CONTEXT, longest=2048)
         assert max(labels.values()) < Provenance.ROOFLINE
 

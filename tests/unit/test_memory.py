@@ -6,11 +6,18 @@ from dataclasses import replace
 
 import pytest
 
+from simulator.engine_rules import GraphRules
 from simulator.kv_layout import KvLayout, kv_bytes_per_token
-from simulator.memory import MemoryRules, activation_bytes_per_rank, memory_budget
+from simulator.memory import (
+    MemoryRules,
+    Reserve,
+    ShareByWidth,
+    activation_bytes_per_rank,
+    memory_budget,
+)
 from simulator.model import Experts, Layer, ModelShape
 from simulator.plan import BatchingLimits
-from simulator.units import GIB
+from simulator.units import GIB, MIB
 from simulator.weights import weight_bytes_per_rank
 from tests.shapes import (
     DEEPSEEK_R1,
@@ -239,3 +246,87 @@ def test_kv_memory_against_public_logs(
     ours_gib = budget.num_blocks * budget.block_bytes / GIB
     assert kv_gib < ours_gib < kv_gib * (1 + within)
     assert 0 < 1.26 - budget.activation_bytes / GIB < 0.8
+
+
+def static_share(fraction: float | ShareByWidth | Reserve) -> MemoryRules:
+    """SGLang's accounts with 2 GiB gone before the weights."""
+    return MemoryRules(fraction, 2 * GIB, 0, 1, 0, "fp32", accounting="static_share", null_blocks=0)
+
+
+def test_a_static_share_holds_weights_and_pages_only() -> None:
+    """Llama-3.1-8B on one 80 GiB device as SGLang counts, by hand."""
+    limits = BatchingLimits(256, 8192)
+    budget = memory_budget(LLAMA_8B, device(80), 1, limits, static_share(0.85))
+    assert budget.usable_bytes == 71_189_082_931  # 0.85 * 83,751,862,272 = 71,189,082,931.2
+    assert budget.fixed_bytes == budget.weight_bytes == 16_060_522_496
+    # 55,128,560,435 / (2 * 32 layers * 8 heads * 128 * 2 bytes = 131,072) = 420,597.5.
+    assert (budget.block_bytes, budget.num_blocks) == (131_072, 420_597)
+    # Activations and graphs live in the rest: a larger budget changes nothing.
+    larger = BatchingLimits(2048, 16_384)
+    assert memory_budget(LLAMA_8B, device(80), 1, larger, static_share(0.85)) == budget
+
+
+def test_a_share_of_free_memory_comes_after_activations() -> None:
+    """The same as TensorRT-LLM counts: nine tenths of what weights and all else leave."""
+    rules = MemoryRules(0.9, 2 * GIB, 0, 32, 0, "fp32", accounting="share_of_free", null_blocks=0)
+    limits = BatchingLimits(256, 8192)
+    budget = memory_budget(LLAMA_8B, device(80), 1, limits, rules)
+    # 16,060,522,496 + 905,969,664 (see above) + 2,147,483,648.
+    assert budget.fixed_bytes == 19_113_975_808
+    # 85,899,345,920 - 19,113,975,808 = 66,785,370,112; * 0.9 = 60,106,833,100.8.
+    assert budget.usable_bytes - budget.fixed_bytes == 60_106_833_100
+    assert budget.num_blocks == 60_106_833_100 // (32 * 131_072)
+    half = memory_budget(LLAMA_8B, device(80), 1, limits, replace(rules, memory_fraction=0.45))
+    assert half.num_blocks == pytest.approx(budget.num_blocks / 2, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("tp", "share"), [(1, 0.88), (2, 0.87), (3, 0.87), (4, 0.85), (8, 0.81), (16, 0.79), (32, 0.79)]
+)
+def test_a_share_by_width(tp: int, share: float) -> None:
+    """SGLang 0.4: each width takes the share of the largest one below."""
+    rule = ShareByWidth(((1, 0.88), (2, 0.87), (4, 0.85), (8, 0.81), (16, 0.79)))
+    rules = static_share(rule)
+    assert rules.fraction(LLAMA_8B, device(80), tp, BatchingLimits(1, 1)) == share
+
+
+RESERVE = Reserve(
+    fixed_bytes=512 * MIB,
+    rank_bytes=128 * MIB,
+    graphs=GraphRules(
+        (1, 256, 512),
+        full_decode=True,
+        prompt_sizes=(4, 8, 4096),
+        largest_by_tp=((1, 256), (4, 512)),
+    ),
+    token_bytes=3 * MIB // 2,
+    least_tokens=2048,
+    most_tokens=16_384,
+    sequence_bytes=2 * MIB,
+    prompt_graph_bytes=8 * MIB,
+    latent_bytes=1536 * MIB,
+    least_bytes=10 * GIB,
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "tokens", "kept_mib"),
+    [
+        # 512 + 128 + 1.5 * 8192 + 2 * 256 + 8 * 3 prompt graphs = 13,464.
+        (LLAMA_8B, 1, 8192, 13_464),
+        # Eight ranks, graphs of 512: 512 + 1024 + 12,288 + 1024 + 24 = 14,872.
+        (LLAMA_8B, 8, 8192, 14_872),
+        # A chunk of 512 counts as 2048; 512 + 128 + 3072 + 512 + 16 = 4240, less than 10 GiB.
+        (LLAMA_8B, 1, 512, 10_240),
+        # Whole prompts count as 16,384 tokens: 512 + 128 + 24,576 + 512 + 24 = 25,752.
+        (LLAMA_8B, 1, 131_072, 25_752),
+        # Latent attention: 1536 for all prompt graphs: 512 + 128 + 12,288 + 512 + 1536 = 14,976.
+        (DEEPSEEK_R1, 1, 8192, 14_976),
+    ],
+)
+def test_a_share_that_follows_from_a_reserve(
+    model: ModelShape, tp: int, tokens: int, kept_mib: int
+) -> None:
+    """SGLang 0.5: (device - reserve) / device in thousandths."""
+    share = static_share(RESERVE).fraction(model, device(80), tp, BatchingLimits(64, tokens))
+    assert share == round((81_920 - kept_mib) / 81_920, 3)

@@ -10,6 +10,7 @@ Facts looked at and not here, for what is not known of them:
   256 and 1024 sequences ours goes from 26 % above to 27 % below.
 * Llama-3.1-8B on 8 devices, 464,716 blocks (mlcommons/inference issue 2267): the memory fraction.
 * DeepSeek-R1 on 16 H800, 201,681 tokens (sglang issue 4161): the memory fraction.
+* MiMo-V2-Flash on 4 B200, 1,496,958 tokens (sglang pull 15464): the weights.
 * gpt-oss-120b on one H100, 1.71 and -2.14 GiB (vllm issues 27508, 23278): weights print as 64.4
   to 66 GiB, ours are 66.0. With the printed weights the sampler's peak explains both to 0.2 GiB.
 """
@@ -17,9 +18,13 @@ Facts looked at and not here, for what is not known of them:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pytest
 
+from planner.engine_settings import EngineSettings
+from planner.io.devices import load_device
+from planner.io.engines import load_engine
 from simulator.kv_layout import kv_bytes_per_token, kv_layout, state_bytes, token_bytes
 from simulator.memory import NULL_BLOCKS, MemoryRules, memory_budget
 from simulator.model import Attention, GatedDeltaNet, Mamba2, ModelShape
@@ -39,11 +44,15 @@ from tests.shapes import (
     QWEN3_17B,
     QWEN3_32B,
     QWEN3_235B_FP8,
+    dense,
     device,
     gpt_oss,
     mimo_v2_flash,
     qwen35,
 )
+
+if TYPE_CHECKING:
+    from simulator.device import Device
 
 WITHIN = 0.03
 
@@ -276,3 +285,61 @@ def test_a_full_device_shows_the_shipped_overhead() -> None:
 def test_kv_memory_that_misses(run: Run) -> None:
     """Known to miss."""
     assert run.predicted_gib() == pytest.approx(run.kv_gib, rel=WITHIN)
+
+
+H100, H200 = map(load_device, ("H100-SXM-80GB", "H200-SXM-141GB"))
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "on", "version", "fraction", "kv_gib"),
+    [
+        # vllm issue 21348 of 2025-07: --mem-fraction-static 0.93, K and V of 8.23 each.
+        pytest.param(QWEN3_235B_FP8, 4, H100, "0.5.1.post1", 0.93, 16.46, id="qwen3-235b"),
+        # sglang pull 11716 of 2025-10: the version's own formula.
+        pytest.param(LLAMA_70B, 8, H200, "0.5.5.post1", None, 106.62, id="llama-70b"),
+        # sglang pull 7873 of 2025-07: fraction 0.85, "pool 110".
+        pytest.param(LLAMA_8B, 2, H200, "0.5.1.post1", 0.85, 110.0, id="llama-8b"),
+    ],
+)
+def test_sglang_pools_from_the_device_on(
+    model: ModelShape, tp: int, on: Device, version: str, fraction: float | None, kv_gib: float
+) -> None:
+    """KV memory as the shipped SGLang profiles count it, from the device's memory on."""
+    engine = load_engine("sglang", version)
+    rules = engine.memory_rules(on, EngineSettings(memory_fraction=fraction))
+    budget = memory_budget(model, on, tp, engine.default_limits(on), rules)
+    assert budget.num_blocks * budget.block_bytes / GIB == pytest.approx(kv_gib, rel=0.015)
+
+
+def test_least_static_share_of_sglang() -> None:
+    """InferenceX issue 2128: 125.65 GiB of weights on H200 need a fraction of 0.9113."""
+    rules = load_engine("sglang", "0.5.14").memory_rules(H200)
+    free_gib = H200.memory_bytes / GIB - rules.overhead_bytes / GIB
+    assert 125.65 / free_gib == pytest.approx(0.9113, abs=0.002)
+
+
+QWEN3_32B_FP8 = dense(64, 5120, 64, 8, 128, 25600, 151936, qk_norm=True, dtype="fp8")
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "sequences"),
+    [
+        (QWEN3_32B_FP8, 1, 27),
+        (QWEN3_32B_FP8, 2, 75),
+        (QWEN3_32B_FP8, 4, 169),
+        (LLAMA_8B, 1, 78),
+        (LLAMA_8B, 2, 173),
+        (LLAMA_8B, 4, 363),
+    ],
+)
+def test_trtllm_sequences_that_fit(model: ModelShape, tp: int, sequences: int) -> None:
+    """aiconfigurator, tests/integration/test_trtllm_kv_cache_capacity.py: H100, 5096 tokens each.
+
+    KV fraction 0.8, bf16 KV, 4096 tokens an iteration. The overhead was fitted on these six.
+    """
+    rules = load_engine("trtllm", "1.0.0rc3").memory_rules(
+        H100, EngineSettings(memory_fraction=0.8)
+    )
+    budget = memory_budget(model, H100, tp, BatchingLimits(2048, 4096), rules)
+    fit = budget.num_blocks * budget.layout.block_tokens / 5096
+    assert fit == pytest.approx(sequences, rel=0.025)

@@ -8,15 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.metrics import (
-    Latencies,
     good,
     latencies,
     makespan_s,
-    overloaded,
     statistic_s,
     summary,
     weighted_statistic_s,
 )
+from simulator.timing import in_ps
 from tests.builders import workload
 
 STATISTICS = ["mean", "p50", "p90", "p95", "p99"]
@@ -25,7 +24,7 @@ seconds = st.floats(0, 1e4, allow_nan=False)
 # Three requests: sent at 0, 1, 2; first tokens at 1, 3, 6; last ones at 5, 3, 10; 5, 1, 3 tokens.
 SENT, FIRST, LAST = np.array([0.0, 1, 2]), np.array([1.0, 3, 6]), np.array([5.0, 3, 10])
 OUTPUTS = np.array([5, 1, 3])
-VALUES = latencies(SENT, FIRST, LAST, OUTPUTS)
+VALUES = latencies(in_ps(SENT), in_ps(FIRST), in_ps(LAST), OUTPUTS)
 
 
 def test_latencies_are_differences_of_times() -> None:
@@ -41,7 +40,7 @@ def test_tpot_of_a_single_token_is_undefined_and_left_out() -> None:
     assert np.isnan(VALUES.tpot_s[1])
     assert VALUES.of("tpot").tolist() == [1, 2]
     assert statistic_s(VALUES.of("tpot"), "mean") == 1.5
-    alone = latencies(SENT[:1], FIRST[:1], FIRST[:1], np.array([1]))
+    alone = latencies(in_ps(SENT[:1]), in_ps(FIRST[:1]), in_ps(FIRST[:1]), np.array([1]))
     assert statistic_s(alone.of("tpot"), "p99") == 0.0
 
 
@@ -118,7 +117,7 @@ def test_good_requests_meet_every_limit_and_no_tpot_breaks_none() -> None:
 
 def test_makespan_runs_to_the_last_token_of_all() -> None:
     """The request that finishes last need not be the last one sent."""
-    assert makespan_s(1.0, np.array([5.0, 12.0, 7.0])) == 11.0
+    assert makespan_s(in_ps([1.0, 2.0, 3.0]), in_ps([5.0, 12.0, 7.0])) == 11.0
 
 
 def test_summary_uses_the_names_and_units_of_vllm() -> None:
@@ -147,30 +146,3 @@ def test_summary_leaves_out_what_was_not_asked_or_recorded() -> None:
     out = summary(VALUES, workload([1, 1, 1], [1, 1, 1]), 10.0, None, {})
     assert not {"request_goodput", "slo_attainment", "mean_itl_ms"} & set(out)
     assert "p99_tpot_ms" in out
-
-
-def ttft(values: list[float]) -> Latencies:
-    """Latencies of which only TTFT matters."""
-    array = np.array(values)
-    return Latencies(array, array, array)
-
-
-@pytest.mark.parametrize(
-    ("ttft_s", "verdict"),
-    [
-        # Arrivals at 0, 10, ..., 80: thirds of 3, span 80 s, 5 % of which is 4 s.
-        ([1, 1, 1, 9, 9, 9, 1, 1, 1], False),  # a burst that drains
-        ([1, 1, 1, 5, 5, 5, 9, 9, 9], True),  # 9 > 2 * 1, and 8 s > 4 s
-        ([1, 1, 1, 2, 2, 2, 4, 4, 4], False),  # 4 > 2, but 3 s < 4 s: no backlog to speak of
-        ([9, 9, 9, 9, 9, 9, 17, 17, 17], False),  # 8 s > 4 s, but 17 < 2 * 9
-    ],
-)
-def test_a_backlog_that_grows_is_overload(ttft_s: list[float], verdict: bool) -> None:
-    """Both the factor and the share of the span must be exceeded."""
-    assert overloaded(ttft(ttft_s), np.arange(9) * 10.0) is verdict
-
-
-def test_runs_without_a_span_or_without_thirds_are_never_overloaded() -> None:
-    """All at once, or two requests, show no growth over time."""
-    assert not overloaded(ttft([1, 1, 1, 99, 99, 99]), np.zeros(6))
-    assert not overloaded(ttft([1, 99]), np.array([0.0, 1.0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -22,8 +23,9 @@ from planner.io.run_files import (
     write_series,
     write_timeline,
 )
+from simulator.rules import Rules
 from simulator.run import Run
-from tests.builders import limits, linear_cost, workload
+from tests.builders import GATED, limits, linear_cost, workload
 from tests.problems import scenario
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ THINNED = f"""\
 
 def run_of(what: Workload = WHAT, replicas: int = 1) -> tuple[RunResult, Iterations]:
     """The run of 1 ms iterations, and its log."""
-    run = Run(what, replicas, UNDER, linear_cost(0.001))
+    run = Run(what, replicas, UNDER, linear_cost(0.001), GATED)
     run.record_iterations()
     result = run.finish()
     assert result.log is not None
@@ -179,10 +181,33 @@ def test_replicas_are_processes(tmp_path: Path) -> None:
     assert [e["pid"] for e in found if e["ph"] == "X"] == [1, 2]
 
 
+def test_batches_in_flight_have_tracks_of_their_own(tmp_path: Path) -> None:
+    """Slices of one track never cross, and counters fall to 0 only where nothing is in flight."""
+    log = run_of()[1]
+    stretched = dataclasses.replace(log, end_s=log.end_s + np.array([0, 0, 0, 0.0015, 0.0015, 0]))
+    write_timeline(str(tmp_path / "t.json"), stretched)
+    found = events(tmp_path / "t.json")
+    slices = [(e["ts"] // 1000, e["tid"]) for e in found if e["ph"] == "X"]
+    # 4 to 6.5 ms, 5 to 7.5 ms beside it, and 6 to 7 ms beside both
+    assert slices == [(0, 1), (1, 1), (2, 1), (4, 1), (5, 2), (6, 3)]
+    names = [e["args"]["name"] for e in found if e["name"] == "thread_name"]
+    assert names == ["iterations", "in flight 2", "in flight 3"]
+    running = [(e["ts"], e["args"]["requests"]) for e in found if e["name"] == "running"]
+    assert running[-2:] == [(4000, 1), (7500, 0)]
+
+
+def test_sessions_name_the_turn_before() -> None:
+    """A column more, only where there are sessions."""
+    what = dataclasses.replace(WHAT, after=np.array([-1, -1, 0, 1]), think_s=np.zeros(4))
+    result = run_of()[0]
+    assert requests_table(what, result)["after"].tolist() == [-1, -1, 0, 1]
+    assert "after" not in requests_table(WHAT, result)
+
+
 def test_preemptions_are_in_the_table() -> None:
     """Two requests on blocks for little more than one: the later one is preempted."""
     what = workload([7, 7], [9, 9])
-    run = Run(what, 1, limits(blocks=5, reserve=False), linear_cost(0.001))
+    run = Run(what, 1, limits(blocks=5), linear_cost(0.001), Rules())
     result = run.finish()
     table = requests_table(what, result)
     assert table["preemptions"][0] == 0

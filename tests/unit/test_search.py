@@ -171,7 +171,8 @@ def test_early_abort_saves_work() -> None:
     aborted = [c for c in found.candidates if c.fate is Fate.ABORTED]
     assert aborted
     for candidate in aborted:
-        assert candidate.twin or candidate.iterations % LOOK_EVERY == 0
+        # A look comes at the next event after so many iterations, which may be a few later.
+        assert candidate.twin or candidate.iterations >= LOOK_EVERY
         assert candidate.iterations < problem.start(candidate.plan).finish().iterations
     every = Search(problem, problem.objective, exhaustive=True).run()
     assert every.count(Fate.SIMULATED) == len(every.candidates)

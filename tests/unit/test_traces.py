@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 
 import scenarios
 from planner.errors import InputError
+from planner.io.trace_array import JsonArray
+from planner.io.trace_file import MAX_ROWS, TraceFile
 from planner.io.trace_rates import read_rates
 from planner.io.traces import ZERO_OUTPUT, ZERO_PROMPT, RawTrace, read_trace, rescale
 
@@ -227,15 +231,129 @@ SHARED = Path(__file__).parents[3] / "shared" / "data" / "traces"
             257239,
             195753,
         ),
+        (
+            "sharegpt_block_hashes/sharegpt-llama-3.1-8b-300-sps10.csv",
+            "block_hashes",
+            300,
+            257239,
+            195753,
+        ),
     ],
 )
 def test_published_traces(
     name: str, name_of_format: str, rows: int, prompts: int, outputs: int
 ) -> None:
-    """Every published file reads whole."""
+    """Each published file reads whole, to the last row and token."""
     trace = read_trace(SHARED / name, source=name)
     assert (trace.format, trace.rows_read, trace.rows_skipped) == (name_of_format, rows, {})
     assert (int(trace.prompt_tokens.sum()), int(trace.output_tokens.sum())) == (prompts, outputs)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published traces are not here")
+def test_no_published_trace_is_left_unread() -> None:
+    """Whatever lies in the folder is a trace, or a file of rates that the message sends there."""
+    files = sorted(path for path in SHARED.rglob("*") if path.is_file())
+    assert len(files) >= 11
+    rates = [path for path in files if path.name.startswith("servegen")]
+    for path in files:
+        if path in rates:
+            with pytest.raises(InputError, match="holds arrival rates and no requests"):
+                read_trace(path, source=path.name)
+            assert len(read_rates(path, source=path.name)[0].rate) == 2016
+        else:
+            trace = read_trace(path, source=path.name, content=True)
+            assert len(trace) == trace.rows_read > 0
+    assert len(rates) == 1
+
+
+def test_a_file_without_line_ends_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that would not fit the memory is an error; one that only just does is read."""
+    monkeypatch.setattr("planner.io.trace_file.CHUNK_BYTES", 1024)
+    monkeypatch.setattr("planner.io.trace_file.MAX_LINE_BYTES", 2**20)
+    row = '{"timestamp": 1, "input_length": 3, "output_length": 4, "x": "%s"}'
+    assert len(read(tmp_path, row % ("y" * 2**19) + "\n" + row % "")) == 2
+    with pytest.raises(InputError, match=r"^trace.csv: line 2: is longer than 1 MiB: write a row"):
+        read(tmp_path, row % "" + "\n" + row % ("y" * 2**21))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1 2]", "line 1: JSON: Expecting ',' or ']'"),
+        ("[1,\n 2,\n", "line 2: JSON: Expecting value"),
+        ('[{"prompt_len": 1,\n "output_len": 2}\n', "line 2: JSON: Expecting ',' or ']'"),
+        ('[{"prompt_len": 1,\n "output_len": }\n, 3]', "line 2: JSON: Expecting value"),
+        ("[1]\n\n[2]", "line 3: JSON: Extra data"),
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [1, 2**22])
+def test_arrays_that_are_no_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, text: str, message: str
+) -> None:
+    """The line is the same whether the array is read by the line or at once."""
+    monkeypatch.setattr("planner.io.trace_file.CHUNK_BYTES", chunk_bytes)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError) as caught:
+        list(JsonArray(TraceFile(tmp_path / "a.json", "a.json")).elements())
+    assert str(caught.value) == f"a.json: {message}"
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from planner.io.traces import read_trace
+from planner.errors import InputError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    rows = len(read_trace(Path(sys.argv[1]), source="big"))
+except InputError as error:
+    rows = error
+print(rows)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def memory_of(path: Path) -> tuple[str, float]:
+    """What reading a file gives, and the memory that it takes in a process of its own, MiB."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True
+    )
+    found, mebibytes = run.stdout.splitlines()
+    return found, float(mebibytes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_memory_is_bounded(tmp_path: Path, kind: str) -> None:
+    """A row takes its 48 bytes and no text: 400,000 rows stay below 200 MiB.
+
+    Found: 158 MiB for CSV, most of it one chunk of text and its cells, and 60 MiB for JSON. The
+    whole array as objects would take 250 MiB.
+    """
+    path, rows = tmp_path / "big", 400_000
+    if kind == "csv":
+        line = '%d.0,123,"45"\n'
+        text = "".join(line % i for i in range(rows))
+        path.write_text("arrival_s,prompt_tokens,output_tokens\n" + text)
+    else:
+        item = '{"id": "%s", "prompt_len": 12, "output_len": 30}' % ("x" * 60)
+        path.write_text("[" + ",\n".join([item] * rows) + "]")
+    found, mebibytes = memory_of(path)
+    assert found == str(rows)
+    assert mebibytes < 200
+
+
+def test_more_rows_than_a_run_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit, ten million rows, is said in one line, and nothing after it is read."""
+    monkeypatch.setattr("planner.io.traces.MAX_ROWS", 3)
+    text = "arrival_s,prompt_tokens,output_tokens\n" + "0,1,1\n" * 4
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, text)
+    rule = "has more than 3 rows, the most that one run holds: cut it"
+    assert str(caught.value) == f"trace.csv: {rule}"
+    assert MAX_ROWS == 10_000_000
 
 
 def test_rates(tmp_path: Path) -> None:
