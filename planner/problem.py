@@ -79,7 +79,9 @@ class Problem:
     default_limits
         The engine's own batching limits on this device.
     rules
-        The engine's batching rules.
+        The engine's batching rules, as they are simulated.
+    uses_prefix_cache
+        Whether the server is started with its prefix cache, also where it is not simulated.
     compiler
         Maker of iteration costs.
     ingress_s
@@ -107,6 +109,7 @@ class Problem:
     workload: Workload
     default_limits: BatchingLimits
     rules: Rules
+    uses_prefix_cache: bool
     compiler: CostCompiler
     ingress_s: float
     space: SearchSpace

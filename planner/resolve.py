@@ -94,6 +94,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         )
     space = _space(scenario, limits.max_num_batched_tokens if whole_prompts else 1)
     memory = engine.memory_rules(device, settings)
+    uses_prefix_cache = rules.prefix_caching
     shared = memory.block_tokens if rules.prefix_caching and rules.policy == VLLM_V1 else 0
     workload, digest, warnings = requests_of(scenario, max_model_len, shared)
     layout = kv_layout(model, 1, memory.block_tokens, memory.state_dtype)
@@ -142,6 +143,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         default_limits=limits,
         compiler=compiler,
         rules=rules,
+        uses_prefix_cache=uses_prefix_cache,
         ingress_s=host.ingress_s,
         space=space,
         search_limits=SearchLimits(scenario.search.time_limit_s, scenario.search.work_limit),

@@ -88,8 +88,7 @@ def _launch_rule(
         ),
         (
             WHOLE_PROMPTS,
-            not problem.rules.chunked
-            and limits.max_num_batched_tokens < problem.longest_prefill,
+            not problem.rules.chunked and limits.max_num_batched_tokens < problem.longest_prefill,
         ),
     ):
         if broken:

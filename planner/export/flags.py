@@ -82,8 +82,8 @@ def _vllm(problem: Problem, plan: Plan) -> Flags:
             flags.append(("--enable-chunked-prefill", str(rules.chunked)))
         else:
             flags.append((_switch("enable-chunked-prefill", on=rules.chunked),))
-    if rules.prefix_caching != default.prefix_caching:
-        flags.append((_switch("enable-prefix-caching", on=rules.prefix_caching),))
+    if problem.uses_prefix_cache != default.prefix_caching:
+        flags.append((_switch("enable-prefix-caching", on=problem.uses_prefix_cache),))
     if rules.late_results != default.late_results:
         flags.append((_switch("async-scheduling", on=rules.late_results),))
     if plan.tp > problem.devices_per_node:
@@ -115,7 +115,7 @@ def _sglang(problem: Problem, plan: Plan) -> Flags:
         flags.append(("--schedule-conservativeness", f"{factor:.4g}"))
     if rules.mixed:
         flags.append(("--enable-mixed-chunk",))
-    if not rules.prefix_caching:
+    if not problem.uses_prefix_cache:
         flags.append(("--disable-radix-cache",))
     if not rules.late_results:
         flags.append(("--disable-overlap-schedule",))
@@ -142,8 +142,8 @@ def _trtllm_options(problem: Problem) -> dict[str, object]:
         cache["tokens_per_block"] = memory.block_tokens
     if problem.num_blocks is not None:
         cache["max_tokens"] = problem.num_blocks * memory.block_tokens
-    if rules.prefix_caching != default.prefix_caching:
-        cache["enable_block_reuse"] = rules.prefix_caching
+    if problem.uses_prefix_cache != default.prefix_caching:
+        cache["enable_block_reuse"] = problem.uses_prefix_cache
     if problem.model.kv_dtype != "bf16":
         cache["dtype"] = problem.model.kv_dtype
     options: dict[str, object] = {"kv_cache_config": cache} if cache else {}
