@@ -22,7 +22,7 @@ from planner.io.hf_config import read_model
 from planner.io.profiles import available_kernel_tables, load_kernel_table
 from simulator.cost import CostCompiler
 from simulator.engine_rules import HostConstants
-from simulator.plan import BatchingLimits
+from simulator.plan import BatchingLimits, Shape
 from simulator.units import MS_PER_S
 
 MODELS: Final = (
@@ -78,7 +78,7 @@ def compile_ms(model_name: str, device_name: str) -> float:
         )
         for tp in compiler.widths:
             began_s = time.perf_counter()
-            compiler.compile(tp, LIMITS)
+            compiler.compile(Shape(tp), LIMITS)
             if warm:
                 times.append(time.perf_counter() - began_s)
     return MS_PER_S * float(np.median(times))

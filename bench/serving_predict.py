@@ -21,6 +21,7 @@ from planner.io.hf_config import read_model
 from simulator.cost import CostCompiler
 from simulator.kv_layout import kv_layout
 from simulator.memory import memory_budget
+from simulator.plan import Shape
 from simulator.rules import VLLM_V1
 from simulator.run import Run
 from simulator.state import Limits
@@ -236,7 +237,7 @@ class _Simulated:
                 max_context=self.max_context,
             )
             whole = dataclasses.replace(self.batching, max_num_batched_tokens=self.max_tokens)
-            cost = compiler.compile(self.server.tp, whole)
+            cost = compiler.compile(Shape(self.server.tp), whole)
             self.machine.costs[key] = host, cost
         return cost
 
@@ -293,7 +294,7 @@ def _simulated(machine: _Machine, run: ServingRun, server: Server, folders: Fold
     layout = kv_layout(model, server.tp, memory.block_tokens, memory.state_dtype)
     blocks = server.num_blocks
     if blocks is None:
-        blocks = memory_budget(model, device, server.tp, batching, memory).num_blocks
+        blocks = memory_budget(model, device, Shape(server.tp), batching, memory).num_blocks
         if server.max_model_len is not None:
             # It started, so it holds at least one longest request.
             blocks = max(blocks, layout.pages(server.max_model_len))

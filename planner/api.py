@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from planner.problem import Problem
     from planner.scenario import Scenario
     from planner.search import Progress, SearchResult
-    from simulator.plan import Plan
+    from simulator.plan import Plan, Shape
     from simulator.run import RunResult
     from simulator.workload import Workload
 
@@ -216,20 +216,17 @@ def _alternatives(
     """
     objective = problem.objective
     chosen_value = objective.value(best.score[0])
-    shapes: dict[tuple[int, int], Candidate] = {}
+    shapes: dict[tuple[int, Shape], Candidate] = {}
 
     def order(candidate: Candidate) -> tuple[bool, bool, object]:
         default = candidate.plan.limits == problem.default_limits
-        chosen_shape = (candidate.plan.replicas, candidate.plan.tp) == (
-            best.plan.replicas,
-            best.plan.tp,
-        )
+        chosen_shape = candidate.plan.same_devices(best.plan)
         return not (default and chosen_shape), bool(candidate.broken), candidate.key
 
     for candidate in sorted(found.candidates, key=order):
         same_as_best = candidate.twin == best.plan or candidate.plan == best.plan
         if not same_as_best and (candidate.exact or found.stopped_by is None):
-            shapes.setdefault((candidate.plan.replicas, candidate.plan.tp), candidate)
+            shapes.setdefault((candidate.plan.replicas, candidate.plan.shape), candidate)
     rows = []
     for candidate in shapes.values():
         score, broken = candidate.score, candidate.broken

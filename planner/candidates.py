@@ -96,7 +96,7 @@ class Trace:
         back here nor lies below what was used, and if the costs agree wherever they were used.
         """
         used = self.usage
-        if (plan.replicas, plan.tp) != (self.plan.replicas, self.plan.tp):
+        if not plan.same_devices(self.plan):
             return False
         pairs = (
             (limits.max_num_seqs, self.limits.max_num_seqs, used.seats, used.seats_bound),

@@ -8,7 +8,7 @@ from planner.engine_settings import OWN_NAMES
 from planner.objective import TICKS_PER_S, ExcessObjective, Outcome
 from planner.search import Search
 from planner.space import DEVICES, KV_CACHE, WEIGHTS, broken_rule, can_launch, explain_rule
-from simulator.plan import BatchingLimits, Plan
+from simulator.plan import BatchingLimits, Plan, Shape
 from simulator.units import GIB, MS_PER_S
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def _grid_shapes(problem: Problem) -> list[Plan]:
     """One replica of every class of the grid that has enough devices."""
     grid = problem.space
     plans = [
-        Plan(grid.replicas[0], tp, BatchingLimits(seqs, tokens))
-        for tp in grid.tp
+        Plan(grid.replicas[0], shape, BatchingLimits(seqs, tokens))
+        for shape in grid.shapes
         for seqs in grid.max_num_seqs
         for tokens in grid.max_num_batched_tokens
     ]
@@ -85,27 +85,28 @@ def _grid_shapes(problem: Problem) -> list[Plan]:
 
 
 def _missing_bytes(problem: Problem, plan: Plan) -> int:
-    needed = problem.needed_bytes(plan.tp, plan.limits)
-    return needed - problem.memory(plan.tp, plan.limits).usable_bytes
+    needed = problem.needed_bytes(plan.shape, plan.limits)
+    return needed - problem.memory(plan.shape, plan.limits).usable_bytes
 
 
 def _memory_changes(problem: Problem, plan: Plan) -> list[str]:
     """Changes that would each make ``plan`` fit, smallest first."""
     changes = []
-    held = problem.layout(plan.tp).longest(problem.blocks(plan.tp, plan.limits))
+    held = problem.layout(plan.shape).longest(problem.blocks(plan.shape, plan.limits))
     longest = int((problem.workload.prompt_tokens + problem.workload.output_tokens).max())
     if held is not None and held >= longest:
         changes.append(f"model.max_model_len: {held} (the longest request has {longest} tokens)")
     if problem.num_blocks is not None:  # measured: it grows neither with memory nor with devices
-        changes.append(f"engine.num_gpu_blocks: {problem.full_request_blocks(plan.tp)}")
+        changes.append(f"engine.num_gpu_blocks: {problem.full_request_blocks(plan.shape)}")
         return changes
-    share = problem.needed_bytes(plan.tp, plan.limits) / problem.device.memory_bytes
+    share = problem.needed_bytes(plan.shape, plan.limits) / problem.device.memory_bytes
     if share <= 1.0 and problem.memory_rules.accounting == "share_of_device":
         setting = OWN_NAMES[problem.engine.name]["memory_fraction"]
         changes.append(f"engine.{setting}: {-(-share * 1000 // 1) / 1000:g}")
     for tp in problem.compiler.widths:
-        fits = _missing_bytes(problem, Plan(1, tp, plan.limits)) <= 0
-        if tp > plan.tp and fits and can_launch(problem, tp, plan.limits, on_any_node=True):
+        fits = _missing_bytes(problem, Plan(1, Shape(tp), plan.limits)) <= 0
+        wider = tp > plan.shape.width
+        if wider and fits and can_launch(problem, Shape(tp), plan.limits, on_any_node=True):
             there = tp <= min(problem.devices_per_node, problem.num_devices)
             widen = f"{tp} in search.space.tp"
             changes.append(widen if there else f"a pool of {tp} devices in one node, for tp{tp}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from simulator.fabric import Fabric
     from simulator.memory import MemoryRules
     from simulator.model import ModelShape
-    from simulator.plan import BatchingLimits, Plan
+    from simulator.plan import BatchingLimits, Plan, Shape
     from simulator.rules import Rules
     from simulator.workload import Workload
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class SearchSpace:
     """Values that plans are built from, each ascending."""
 
-    tp: tuple[int, ...]
+    shapes: tuple[Shape, ...]
     replicas: tuple[int, ...]
     max_num_seqs: tuple[int, ...]
     max_num_batched_tokens: tuple[int, ...]
@@ -131,54 +131,54 @@ class Problem:
             longest = longest + self.workload.output_tokens - 1
         return int(longest.max())
 
-    def replicas_that_fit(self, tp: int) -> int:
+    def replicas_that_fit(self, shape: Shape) -> int:
         """Replicas that the pool holds: several to a node, or each on nodes of its own."""
         nodes = self.num_devices // self.devices_per_node
-        if tp <= self.devices_per_node:
-            return nodes * (self.devices_per_node // tp)
-        return nodes // -(-tp // self.devices_per_node)
+        if shape.devices <= self.devices_per_node:
+            return nodes * (self.devices_per_node // shape.devices)
+        return nodes // -(-shape.devices // self.devices_per_node)
 
-    def memory(self, tp: int, limits: BatchingLimits) -> MemoryBudget:
+    def memory(self, shape: Shape, limits: BatchingLimits) -> MemoryBudget:
         """Memory of one rank of a replica."""
-        return memory_budget(self.model, self.device, tp, limits, self.memory_rules)
+        return memory_budget(self.model, self.device, shape, limits, self.memory_rules)
 
-    def blocks(self, tp: int, limits: BatchingLimits) -> int:
+    def blocks(self, shape: Shape, limits: BatchingLimits) -> int:
         """KV blocks that a replica's scheduler can hand out."""
-        return self.memory(tp, limits).num_blocks if self.num_blocks is None else self.num_blocks
+        return self.memory(shape, limits).num_blocks if self.num_blocks is None else self.num_blocks
 
-    def full_request_blocks(self, tp: int) -> int:
+    def full_request_blocks(self, shape: Shape) -> int:
         """KV pages that one request of ``max_model_len`` takes."""
-        return self.layout(tp).pages(self.max_model_len)
+        return self.layout(shape).pages(self.max_model_len)
 
-    def layout(self, tp: int) -> KvLayout:
+    def layout(self, shape: Shape) -> KvLayout:
         """How a replica's KV cache is cut into pages."""
         rules = self.memory_rules
-        return kv_layout(self.model, tp, rules.block_tokens, rules.state_dtype)
+        return kv_layout(self.model, shape.tp, rules.block_tokens, rules.state_dtype)
 
-    def tokens_held(self, tp: int, pages: int) -> int:
+    def tokens_held(self, shape: Shape, pages: int) -> int:
         """Tokens that ``pages`` hold: full blocks, or full requests where layers differ in kind.
 
         vLLM counts the same way (v1/core/kv_cache_utils.py, from 0.21: concurrency at
         ``max_model_len`` times that length).
         """
-        layout = self.layout(tp)
+        layout = self.layout(shape)
         if layout.windowed == layout.fixed == 0:
             return pages // layout.growing * layout.block_tokens
         return pages * self.max_model_len // layout.pages(self.max_model_len)
 
-    def needed_bytes(self, tp: int, limits: BatchingLimits) -> int:
+    def needed_bytes(self, shape: Shape, limits: BatchingLimits) -> int:
         """Bytes per rank of weights, activations, overhead and the KV of one full request."""
-        budget = self.memory(tp, limits)
-        pages = self.full_request_blocks(tp) + self.memory_rules.null_blocks
+        budget = self.memory(shape, limits)
+        pages = self.full_request_blocks(shape) + self.memory_rules.null_blocks
         return budget.fixed_bytes + pages * budget.block_bytes
 
     def replica_limits(self, plan: Plan) -> Limits:
         """Limits of one replica of ``plan`` as the simulator takes them."""
-        layout = self.layout(plan.tp)
+        layout = self.layout(plan.shape)
         return Limits(
             max_num_seqs=plan.limits.max_num_seqs,
             max_num_batched_tokens=plan.limits.max_num_batched_tokens,
-            num_blocks=self.blocks(plan.tp, plan.limits),
+            num_blocks=self.blocks(plan.shape, plan.limits),
             block_tokens=layout.block_tokens,
             ingress_ps=int(in_ps(self.ingress_s)),
             growing=layout.growing,
@@ -189,7 +189,7 @@ class Problem:
 
     def start(self, plan: Plan, *, record_gaps: bool = False) -> Run:
         """A fresh run of ``plan`` over the workload."""
-        cost = self.compiler.compile(plan.tp, plan.limits)
+        cost = self.compiler.compile(plan.shape, plan.limits)
         return Run(
             self.workload,
             plan.replicas,

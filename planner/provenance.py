@@ -19,10 +19,10 @@ def operator_labels(problem: Problem, plan: Plan, result: RunResult) -> dict[str
     """Where the time of each operator comes from, at the run's largest batch."""
     usage = result.usage
     return problem.compiler.provenance(
-        plan.tp,
+        plan.shape,
         tokens=usage.tokens,
         sequences=usage.seats,
-        context=max(1, problem.tokens_held(plan.tp, usage.blocks) // usage.seats),
+        context=max(1, problem.tokens_held(plan.shape, usage.blocks) // usage.seats),
         longest=int(problem.workload.prompt_tokens.max()),
     )
 
@@ -31,7 +31,7 @@ def provenance_of(
     problem: Problem, plan: Plan, result: RunResult, labels: Mapping[str, Provenance]
 ) -> dict[str, object]:
     """The problem's digests, each operator's label, and the share of time that a label holds."""
-    seconds = problem.compiler.time_by_label(plan.tp, load_of(problem, result))
+    seconds = problem.compiler.time_by_label(plan.shape, load_of(problem, result))
     total = sum(seconds.values())
     return {
         **problem.provenance,

@@ -93,7 +93,10 @@ def _headline(report: PlanReport) -> RenderableType:
 def _plan(plan: PlanSummary) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     replicas = f"{plan.replicas} replica{'s' if plan.replicas > 1 else ''}"
-    shape = f"{replicas} of tensor parallel {plan.tp} on {plan.devices} devices"
+    ways = [("tensor", plan.tp), ("pipeline", plan.pp), ("attention data", plan.dp)]
+    ways.append(("expert", plan.ep))
+    spread = ", ".join(f"{name} parallel {n}" for name, n in ways if n > 1 or name == "tensor")
+    shape = f"{replicas} of {spread} on {plan.devices} devices"
     if plan.cost_per_hour is not None:
         shape += f", {plan.cost_per_hour:.2f} USD/h"
     limits = (

@@ -34,6 +34,9 @@ class PlanSummary:
     id: str
     replicas: int
     tp: int
+    pp: int
+    dp: int
+    ep: int
     devices: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -44,12 +47,15 @@ class PlanSummary:
     @classmethod
     def of(cls, problem: Problem, plan: Plan) -> PlanSummary:
         """Describe ``plan``."""
-        budget, price = problem.memory(plan.tp, plan.limits), problem.price_per_hour
-        blocks = problem.blocks(plan.tp, plan.limits)
+        budget, price = problem.memory(plan.shape, plan.limits), problem.price_per_hour
+        blocks = problem.blocks(plan.shape, plan.limits)
         return cls(
             id=problem.plan_text(plan),
             replicas=plan.replicas,
-            tp=plan.tp,
+            tp=plan.shape.tp,
+            pp=plan.shape.pp,
+            dp=plan.shape.dp,
+            ep=plan.shape.ep,
             devices=plan.devices,
             max_num_seqs=plan.limits.max_num_seqs,
             max_num_batched_tokens=plan.limits.max_num_batched_tokens,
@@ -60,7 +66,7 @@ class PlanSummary:
                 "activations_gib": budget.activation_bytes / GIB,
                 "overhead_gib": (budget.overhead_bytes + budget.graph_bytes) / GIB,
                 "kv_cache_gib": blocks * budget.block_bytes / GIB,
-                "kv_cache_tokens": problem.tokens_held(plan.tp, blocks),
+                "kv_cache_tokens": problem.tokens_held(plan.shape, blocks),
             },
             launch=launch_commands(problem, plan),
         )
@@ -223,7 +229,7 @@ def run_metrics(problem: Problem, plan: Plan, result: RunResult) -> dict[str, fl
     out["preemptions"] = result.preemptions
     out["iterations"] = result.iterations
     out["peak_running"] = usage.seats
-    out["peak_kv_usage"] = usage.blocks / problem.blocks(plan.tp, plan.limits)
+    out["peak_kv_usage"] = usage.blocks / problem.blocks(plan.shape, plan.limits)
     out["overloaded"] = overloaded(result.values, result.arrival_s, problem.workload)
     if problem.price_per_hour is not None:
         tokens_per_hour = out["output_throughput"] * 3600

@@ -24,7 +24,7 @@ from planner.topology import pool_fabric
 from simulator.cost import CostCompiler
 from simulator.engine_rules import HostConstants
 from simulator.kv_layout import kv_layout
-from simulator.plan import BatchingLimits
+from simulator.plan import BatchingLimits, Shape
 from simulator.precision import PRECISIONS
 from simulator.rules import VLLM_V1
 from simulator.units import MS_PER_S
@@ -252,7 +252,7 @@ def _space(scenario: Scenario, least_tokens: int) -> SearchSpace:
     pinned_seqs, pinned_tokens = settings.max_num_seqs, settings.max_num_batched_tokens
     tokens = tuple(n for n in spec.max_num_batched_tokens if n >= least_tokens) or (least_tokens,)
     return SearchSpace(
-        tp=spec.tp or _widths(pool),
+        shapes=tuple(Shape(tp) for tp in spec.tp or _widths(pool)),
         replicas=spec.replicas or tuple(range(1, pool.num_devices + 1)),
         max_num_seqs=(pinned_seqs,) if pinned_seqs else spec.max_num_seqs,
         max_num_batched_tokens=(pinned_tokens,) if pinned_tokens else tokens,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from planner.objective import Constraint, Score
     from planner.problem import Problem
     from planner.space import Space
-    from simulator.plan import Plan
+    from simulator.plan import Plan, Shape
     from simulator.run import Run, RunResult
 
 _CHECK_EVERY: Final = 2048
@@ -135,12 +135,17 @@ class Search:
     _candidates: tuple[Candidate, ...] = field(default=(), init=False)
     _iterations: int = field(default=0, init=False)
     _deadline_s: float = field(default=float("inf"), init=False)
-    _floors: dict[tuple[int, BatchingLimits], CostFloors] = field(default_factory=dict, init=False)
+    _floors: dict[tuple[Shape, BatchingLimits], CostFloors] = field(
+        default_factory=dict, init=False
+    )
 
     def run(self) -> SearchResult:
         """Search until the proof closes or a limit stops it."""
-        self._deadline_s = time.monotonic() + self.problem.search_limits.time_limit_s
         space = enumerate_space(self.problem)
+        if space.plans:
+            # The first run on a machine compiles the simulator; a limit on the search does not pay.
+            self.problem.start(space.plans[0]).advance(1)
+        self._deadline_s = time.monotonic() + self.problem.search_limits.time_limit_s
         self._candidates = tuple(
             Candidate(plan, rank, _UNKNOWN_SCORE) for rank, plan in enumerate(space.plans)
         )
@@ -184,8 +189,10 @@ class Search:
     def _solve_master(self) -> Candidate | None:
         """The column of least value, or ``None`` if no column keeps every rule."""
         classes = _master_classes(self.problem)
-        index = {(c.tp, c.limits): i for i, c in enumerate(classes)}
-        columns = {(index[c.plan.tp, c.plan.limits], c.plan.replicas): c for c in self._candidates}
+        index = {(c.shape, c.limits): i for i, c in enumerate(classes)}
+        columns = {
+            (index[c.plan.shape, c.plan.limits], c.plan.replicas): c for c in self._candidates
+        }
         levels = [
             {k: c.score[0] for k, c in columns.items()},
             {k: c.score[1] for k, c in columns.items()},
@@ -262,10 +269,13 @@ class Search:
         """Give what was learnt of ``candidate`` to the plans that run exactly alike."""
         trace = Trace(candidate.plan, run.limits, run.cost, run.usage())
         for other in self._open():
-            if (other.plan.replicas, other.plan.tp) != (candidate.plan.replicas, candidate.plan.tp):
+            if (other.plan.replicas, other.plan.shape) != (
+                candidate.plan.replicas,
+                candidate.plan.shape,
+            ):
                 continue
             limits = self.problem.replica_limits(other.plan)
-            cost = self.problem.compiler.compile(other.plan.tp, other.plan.limits)
+            cost = self.problem.compiler.compile(other.plan.shape, other.plan.limits)
             if not trace.same_for(other.plan, limits, cost):
                 continue
             if candidate.exact:
@@ -298,7 +308,7 @@ class Search:
         return Outcome(bounds.values, bounds.makespan_s, plan.devices, exact=False)
 
     def _floors_of(self, plan: Plan) -> CostFloors:
-        key = (plan.tp, plan.limits)
+        key = (plan.shape, plan.limits)
         if key not in self._floors:
             cost = self.problem.compiler.compile(*key)
             limits = plan.limits
@@ -363,19 +373,19 @@ def _master_classes(problem: Problem) -> list[ReplicaClass]:
     """Classes that the engine can launch; memory and device counts are the master's to judge."""
     grid = problem.space
     classes = []
-    for tp in grid.tp:
+    for shape in grid.shapes:
         for seqs in grid.max_num_seqs:
             for tokens in grid.max_num_batched_tokens:
                 limits = BatchingLimits(seqs, tokens)
-                if not can_launch(problem, tp, limits):
+                if not can_launch(problem, shape, limits):
                     continue
-                budget = problem.memory(tp, limits)
-                need = problem.needed_bytes(tp, limits)
+                budget = problem.memory(shape, limits)
+                need = problem.needed_bytes(shape, limits)
                 if problem.num_blocks is not None:  # measured: the memory model does not judge
-                    held = problem.num_blocks >= problem.full_request_blocks(tp)
+                    held = problem.num_blocks >= problem.full_request_blocks(shape)
                     need = 0 if held and budget.num_blocks > 0 else budget.usable_bytes + 1
-                most = problem.replicas_that_fit(tp)
+                most = problem.replicas_that_fit(shape)
                 classes.append(
-                    ReplicaClass(tp, limits, grid.replicas, need, budget.usable_bytes, most)
+                    ReplicaClass(shape, limits, grid.replicas, need, budget.usable_bytes, most)
                 )
     return classes

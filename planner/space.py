@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from simulator.model import Attention, Experts, GatedDeltaNet, LatentAttention, Mamba2
-from simulator.plan import BatchingLimits, Plan
+from simulator.plan import BatchingLimits, Plan, Shape
 from simulator.precision import FP8_BLOCK
 from simulator.units import GIB
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from planner.problem import Problem
     from simulator.model import Layer, ModelShape
 
+LAYOUT = "pipeline stages, attention data parallel and expert parallel are not simulated yet"
 HEADS = "attention heads do not divide by tp"
 FFN = "MLP or expert width does not divide by tp"
 KV_HEADS = "KV heads neither divide by tp nor are divided by it"
@@ -31,6 +32,7 @@ WEIGHTS = "weights, activations and overhead exceed device memory"
 KV_CACHE = "KV cache cannot hold one request of max_model_len"
 
 RULES = (
+    LAYOUT,
     HEADS,
     FFN,
     KV_HEADS,
@@ -72,15 +74,17 @@ class Space:
 
 
 def _launch_rule(
-    problem: Problem, tp: int, limits: BatchingLimits, *, on_any_node: bool = False
+    problem: Problem, shape: Shape, limits: BatchingLimits, *, on_any_node: bool = False
 ) -> str | None:
     """The first rule of the engine that such a replica breaks whatever the memory."""
+    if shape != Shape(shape.tp):
+        return LAYOUT
     for rule in (HEADS, FFN, KV_HEADS, RECURRENT, QUANT_BLOCKS):
-        if _offender(problem.model, tp, rule) is not None:
+        if _offender(problem.model, shape, rule) is not None:
             return rule
     for rule, broken in (
-        (NODE, not on_any_node and not _nodes_join(problem, tp)),
-        (COLLECTIVES, tp not in problem.compiler.widths),
+        (NODE, not on_any_node and not _nodes_join(problem, shape)),
+        (COLLECTIVES, shape.tp not in problem.compiler.widths),
         (
             BUDGET,
             problem.engine.budget_covers_sequences
@@ -96,13 +100,13 @@ def _launch_rule(
     return None
 
 
-def _offender(model: ModelShape, tp: int, rule: str) -> int | None:
-    """The first size in the model that breaks ``rule`` at width ``tp``, or ``None``."""
+def _offender(model: ModelShape, shape: Shape, rule: str) -> int | None:
+    """The first size in the model that breaks ``rule`` in shape ``shape``, or ``None``."""
     for layer in model.layer_counts:
         sizes = (
-            _ffn_sizes(layer, tp, rule)
+            _ffn_sizes(layer, shape.tp, rule)
             if rule in (FFN, QUANT_BLOCKS)
-            else _mixer_sizes(layer, tp, rule)
+            else _mixer_sizes(layer, shape.tp, rule)
         )
         for size, broken in sizes:
             if broken:
@@ -141,41 +145,42 @@ def _ffn_sizes(layer: Layer, tp: int, rule: str) -> Iterator[tuple[int, bool]]:
             yield width, dtype == "fp8_block" and width // tp % FP8_BLOCK != 0
 
 
-def _nodes_join(problem: Problem, tp: int) -> bool:
+def _nodes_join(problem: Problem, shape: Shape) -> bool:
     """Whether a replica fits into a node, or fills several that a network or NVLink joins."""
     per_node = problem.devices_per_node
-    return tp <= per_node or (tp % per_node == 0 and tp <= problem.fabric.devices)
+    devices = shape.devices
+    return devices <= per_node or (devices % per_node == 0 and devices <= problem.fabric.devices)
 
 
 def can_launch(
-    problem: Problem, tp: int, limits: BatchingLimits, *, on_any_node: bool = False
+    problem: Problem, shape: Shape, limits: BatchingLimits, *, on_any_node: bool = False
 ) -> bool:
     """Whether the engine starts such a replica, memory and device counts aside.
 
     With ``on_any_node`` the width of the pool's own nodes does not count either.
     """
-    return _launch_rule(problem, tp, limits, on_any_node=on_any_node) is None
+    return _launch_rule(problem, shape, limits, on_any_node=on_any_node) is None
 
 
 def broken_rule(problem: Problem, plan: Plan) -> str | None:
     """The first rule that keeps ``plan`` from running, or ``None`` if it can."""
-    rule = _launch_rule(problem, plan.tp, plan.limits)
+    rule = _launch_rule(problem, plan.shape, plan.limits)
     if rule is not None:
         return rule
     if plan.devices > problem.num_devices:
         return DEVICES
-    if plan.replicas > problem.replicas_that_fit(plan.tp):
+    if plan.replicas > problem.replicas_that_fit(plan.shape):
         return PACKING
-    if problem.memory(plan.tp, plan.limits).num_blocks <= 0:
+    if problem.memory(plan.shape, plan.limits).num_blocks <= 0:
         return WEIGHTS
-    pages = problem.blocks(plan.tp, plan.limits)
-    return KV_CACHE if pages < problem.full_request_blocks(plan.tp) else None
+    pages = problem.blocks(plan.shape, plan.limits)
+    return KV_CACHE if pages < problem.full_request_blocks(plan.shape) else None
 
 
 def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
     """The figures behind a broken rule, for a person."""
     if rule == WEIGHTS:
-        budget = problem.memory(plan.tp, plan.limits)
+        budget = problem.memory(plan.shape, plan.limits)
         return (
             f"needs {budget.fixed_bytes / GIB:.1f} GiB per device before any KV cache "
             f"(weights {budget.weight_bytes / GIB:.1f}, activations "
@@ -184,18 +189,18 @@ def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
             f"{budget.usable_bytes / GIB:.1f} GiB are usable"
         )
     if rule == KV_CACHE:
-        held = problem.layout(plan.tp).longest(problem.blocks(plan.tp, plan.limits))
+        held = problem.layout(plan.shape).longest(problem.blocks(plan.shape, plan.limits))
         return f"KV cache holds {held} tokens; max_model_len is {problem.max_model_len}"
     if rule == DEVICES:
         return f"needs {plan.devices} devices; the pool has {problem.num_devices}"
     if rule == PACKING:
         per_node = problem.devices_per_node
         room = (
-            f"a node of {per_node} devices holds {per_node // plan.tp} of them"
-            if plan.tp <= per_node
-            else f"each fills {plan.tp // per_node} nodes"
+            f"a node of {per_node} devices holds {per_node // plan.shape.devices} of them"
+            if plan.shape.devices <= per_node
+            else f"each fills {plan.shape.devices // per_node} nodes"
         )
-        return f"{room}; the pool holds {problem.replicas_that_fit(plan.tp)}"
+        return f"{room}; the pool holds {problem.replicas_that_fit(plan.shape)}"
     if rule == NODE:
         joined = problem.fabric.devices
         wider = (
@@ -203,7 +208,7 @@ def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
             if joined <= problem.devices_per_node
             else (f", and a wider replica fills whole nodes, up to {joined} devices")
         )
-        return f"tp is {plan.tp}; a node has {problem.devices_per_node} devices{wider}"
+        return f"tp is {plan.shape.tp}; a node has {problem.devices_per_node} devices{wider}"
     if rule == BUDGET:
         limits = plan.limits
         return f"{limits.max_num_batched_tokens} tokens are below {limits.max_num_seqs} sequences"
@@ -211,8 +216,8 @@ def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
         longest = problem.longest_prefill
         tokens = plan.limits.max_num_batched_tokens
         return f"{tokens} tokens are below the longest prompt, {longest}, and prompts are not cut"
-    offender = _offender(problem.model, plan.tp, rule)
-    return f"tp is {plan.tp}" + (f"; the model has {offender}" if offender else "")
+    offender = _offender(problem.model, plan.shape, rule)
+    return f"tp is {plan.shape.tp}" + (f"; the model has {offender}" if offender else "")
 
 
 def enumerate_space(problem: Problem) -> Space:
@@ -221,12 +226,12 @@ def enumerate_space(problem: Problem) -> Space:
     excluded = dict.fromkeys(RULES, 0)
     plans: list[Plan] = []
     size = 0
-    for tp in grid.tp:
+    for shape in grid.shapes:
         for seqs in grid.max_num_seqs:
             for tokens in grid.max_num_batched_tokens:
                 for replicas in grid.replicas:
                     size += 1
-                    plan = Plan(replicas, tp, BatchingLimits(seqs, tokens))
+                    plan = Plan(replicas, shape, BatchingLimits(seqs, tokens))
                     rule = broken_rule(problem, plan)
                     if rule is None:
                         plans.append(plan)

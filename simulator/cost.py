@@ -15,7 +15,7 @@ from simulator.interpolate import Provenance
 from simulator.model import Layer
 from simulator.ops import all_reduces, head_gemm, sampler_bytes_per_sequence
 from simulator.parts import Axis, Part, Sizes, layer_parts
-from simulator.plan import BatchingLimits
+from simulator.plan import BatchingLimits, Shape
 from simulator.timing import one_stage
 from simulator.units import DTYPE_BYTES
 
@@ -110,7 +110,7 @@ class CostCompiler:
             contexts=_context_knots(max_context),
             lengths=np.arange(max_context + 1),
         )
-        self._costs: dict[tuple[int, BatchingLimits], IterationCost] = {}
+        self._costs: dict[tuple[Shape, BatchingLimits], IterationCost] = {}
         self._linear: dict[
             tuple[int, tuple[int, ...], tuple[int, ...]], tuple[FloatArray, FloatArray]
         ] = {}
@@ -139,11 +139,11 @@ class CostCompiler:
         beyond = {2**i for i in range(reach.bit_length()) if max(measured, default=1) < 2**i}
         return tuple(sorted({1, *measured, *(width for width in beyond if width <= reach)}))
 
-    def compile(self, tp: int, limits: BatchingLimits) -> IterationCost:
-        """Cost of a ``tp``-wide replica under ``limits``; its arrays are views of shared ones."""
-        if (tp, limits) not in self._costs:
-            self._costs[tp, limits] = self._compile(tp, limits)
-        return self._costs[tp, limits]
+    def compile(self, shape: Shape, limits: BatchingLimits) -> IterationCost:
+        """Cost of a replica of that shape under ``limits``; its arrays are views of shared ones."""
+        if (shape, limits) not in self._costs:
+            self._costs[shape, limits] = self._compile(shape.tp, limits)
+        return self._costs[shape, limits]
 
     def _compile(self, tp: int, limits: BatchingLimits) -> IterationCost:
         # SGLang's budget counts prompts only: a decode batch may be larger.
@@ -167,14 +167,14 @@ class CostCompiler:
         )
 
     def provenance(
-        self, tp: int, tokens: int, sequences: int, context: int, longest: int
+        self, shape: Shape, tokens: int, sequences: int, context: int, longest: int
     ) -> dict[str, Provenance]:
-        """Label of each operator at width ``tp`` at one point of operation.
+        """Label of each operator of a replica at one point of operation.
 
         Parameters
         ----------
-        tp
-            Tensor-parallel width.
+        shape
+            The replica's.
         tokens, sequences
             Tokens and sequences of the iteration.
         context
@@ -183,10 +183,10 @@ class CostCompiler:
             Longest prompt, tokens.
         """
         at = self._index(tokens, sequences, context, longest)
-        parts = sorted(self._parts_of(tp), key=lambda part: part.name)
+        parts = sorted(self._parts_of(shape.tp), key=lambda part: part.name)
         return {part.name: Provenance(int(part.label[at[part.axis]])) for part in parts}
 
-    def time_by_label(self, tp: int, load: Load) -> dict[Provenance, float]:
+    def time_by_label(self, shape: Shape, load: Load) -> dict[Provenance, float]:
         """Seconds of kernel time that each label holds over a run, at its mean iteration.
 
         Prompts count one by one; everything else is taken at the means of ``load``.
@@ -196,7 +196,7 @@ class CostCompiler:
         at[Axis.SAMPLED] = min(round(load.sampled), len(self._sizes.sequences))
         prompts = np.minimum(load.prompts, self._sizes.lengths[-1])
         out = dict.fromkeys(Provenance, 0.0)
-        for part in self._parts_of(tp):
+        for part in self._parts_of(shape.tp):
             if part.axis is Axis.PROMPT:
                 for label in Provenance:
                     own = prompts[part.label[prompts] == label]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from simulator.engine_rules import GraphRules
     from simulator.kv_layout import KvLayout
     from simulator.model import ModelShape
-    from simulator.plan import BatchingLimits
+    from simulator.plan import BatchingLimits, Shape
 
 NULL_BLOCKS: Final = 1
 """vLLM keeps one block as the null block (v1/core/block_pool.py)."""
@@ -224,14 +224,14 @@ def activation_bytes_per_rank(
 
 
 def memory_budget(
-    model: ModelShape, device: Device, tp: int, limits: BatchingLimits, rules: MemoryRules
+    model: ModelShape, device: Device, shape: Shape, limits: BatchingLimits, rules: MemoryRules
 ) -> MemoryBudget:
     """Memory of one rank under ``limits``; ranks are alike, so one stands for all.
 
     Parameters
     ----------
-    model, device, tp
-        What is served, on what, how wide.
+    model, device, shape
+        What is served, on what, how spread.
     limits
         Token budget and sequences, which size activations, graphs and SGLang's reserve.
     rules
@@ -243,6 +243,7 @@ def memory_budget(
         Under ``share_of_free`` the usable bytes are the fixed ones and the share of the rest.
 
     """
+    tp = shape.tp
     fraction = rules.fraction(model, device, tp, limits)
     weights = weight_bytes_per_rank(model, tp)
     layout = kv_layout(model, tp, rules.block_tokens, rules.state_dtype)

@@ -6,7 +6,10 @@ import re
 from dataclasses import dataclass
 
 _COUNT = r"[1-9][0-9]{0,8}"
-_SHAPE = re.compile(rf"(?:(?P<replicas>{_COUNT})x)?tp(?P<tp>{_COUNT})")
+_SHAPE = re.compile(
+    rf"(?:(?P<replicas>{_COUNT})x)?tp(?P<tp>{_COUNT})"
+    rf"(?:pp(?P<pp>{_COUNT}))?(?:dp(?P<dp>{_COUNT}))?(?:ep(?P<ep>{_COUNT}))?"
+)
 _KEYS = {"seqs": "max_num_seqs", "tokens": "max_num_batched_tokens"}
 
 
@@ -27,30 +30,93 @@ class BatchingLimits:
     max_num_batched_tokens: int
 
 
+@dataclass(frozen=True, order=True)
+class Shape:
+    """How one replica is spread over devices.
+
+    Each of its ``pp`` pipeline stages is ``width`` devices wide: attention as ``dp`` groups of
+    ``tp`` devices, experts as ``ep`` groups of ``moe_tp``.
+
+    Parameters
+    ----------
+    tp
+        Attention's tensor-parallel width.
+    pp
+        Pipeline stages.
+    dp
+        Attention's data-parallel groups.
+    ep
+        Groups that the routed experts are spread over, each holding its share of them.
+    layers
+        Layers of each stage where they are uneven; empty where the engine deals them out.
+
+    """
+
+    tp: int
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse counts below one and sizes that do not fit one another."""
+        for name in ("tp", "pp", "dp", "ep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % self.ep:
+            raise ValueError(
+                f"ep is {self.ep}; it must divide the {self.width} devices of a pipeline stage"
+            )
+        if self.layers and len(self.layers) != self.pp:
+            raise ValueError(f"layers names {len(self.layers)} stages; pp is {self.pp}")
+
+    @property
+    def width(self) -> int:
+        """Devices of one pipeline stage."""
+        return self.tp * self.dp
+
+    @property
+    def devices(self) -> int:
+        """Devices of one replica."""
+        return self.pp * self.width
+
+    @property
+    def moe_tp(self) -> int:
+        """Devices that one routed expert is cut over."""
+        return self.width // self.ep
+
+    @property
+    def text(self) -> str:
+        """Canonical text: parts of size one left out."""
+        others = "".join(
+            f"{name}{getattr(self, name)}" for name in ("pp", "dp", "ep") if getattr(self, name) > 1
+        )
+        return f"tp{self.tp}{others}"
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Identical tensor-parallel replicas with their batching limits.
+    """Identical replicas with their batching limits.
 
     Parameters
     ----------
     replicas
         Independent servers behind the router.
-    tp
-        Tensor-parallel width of each, devices.
+    shape
+        How each is spread over devices.
     limits
         Batching limits of each.
 
     """
 
     replicas: int
-    tp: int
+    shape: Shape
     limits: BatchingLimits
 
     def __post_init__(self) -> None:
         """Refuse counts below one."""
         for name, value in (
             ("replicas", self.replicas),
-            ("tp", self.tp),
             ("max_num_seqs", self.limits.max_num_seqs),
             ("max_num_batched_tokens", self.limits.max_num_batched_tokens),
         ):
@@ -60,7 +126,11 @@ class Plan:
     @property
     def devices(self) -> int:
         """Devices that the plan occupies."""
-        return self.replicas * self.tp
+        return self.replicas * self.shape.devices
+
+    def same_devices(self, other: Plan) -> bool:
+        """Whether both spread the same replicas in the same way, limits aside."""
+        return (self.replicas, self.shape) == (other.replicas, other.shape)
 
     def text(self, defaults: BatchingLimits) -> str:
         """Canonical text: keys in fixed order, left out where the engine's default holds.
@@ -72,8 +142,10 @@ class Plan:
 
         """
         shape = f"{self.replicas}x" if self.replicas > 1 else ""
-        shape += f"tp{self.tp}"
-        keys = [
+        shape += self.shape.text
+        uneven = "-".join(map(str, self.shape.layers))
+        keys = [f"layers={uneven}"] if uneven else []
+        keys += [
             f"{key}={getattr(self.limits, field)}"
             for key, field in _KEYS.items()
             if getattr(self.limits, field) != getattr(defaults, field)
@@ -89,14 +161,18 @@ class Plan:
         return (
             self.devices,
             changed,
+            self.shape.pp,
             self.replicas,
+            self.shape.dp,
+            self.shape.ep,
+            *(self.shape.layers or (0,) * self.shape.pp),
             self.limits.max_num_seqs,
             self.limits.max_num_batched_tokens,
         )
 
 
 def parse_plan(text: str, defaults: BatchingLimits) -> Plan:
-    """Read a plan from its text form ``[Rx]tpA[:seqs=N,tokens=N]``.
+    """Read a plan from its text form ``[Rx]tpA[ppB][dpC][epD][:layers=N-N,seqs=N,tokens=N]``.
 
     Raises
     ------
@@ -104,20 +180,30 @@ def parse_plan(text: str, defaults: BatchingLimits) -> Plan:
         If the text is not of that form; the message says what is wrong.
 
     """
-    shape, colon, keys = text.strip().partition(":")
-    match = _SHAPE.fullmatch(shape)
+    head, colon, keys = text.strip().partition(":")
+    match = _SHAPE.fullmatch(head)
     if match is None:
-        raise ValueError(f"{shape!r} is not of the form [Rx]tpA, for example 'tp8' or '2xtp4'")
+        raise ValueError(
+            f"{head!r} is not of the form [Rx]tpA[ppB][dpC][epD], for example 'tp8' or '2xtp4pp2'"
+        )
     values = {field: getattr(defaults, field) for field in _KEYS.values()}
+    layers: tuple[int, ...] = ()
     seen: set[str] = set()
     for item in keys.split(",") if colon else ():
         key, equals, value = item.partition("=")
-        if key not in _KEYS or not equals:
-            raise ValueError(f"{item!r} is not one of seqs=N, tokens=N")
-        if not re.fullmatch(_COUNT, value):
-            raise ValueError(f"{key} is {value!r}; it must be a whole number of at least 1")
+        if key not in ("layers", *_KEYS) or not equals:
+            raise ValueError(f"{item!r} is not one of layers=N-N, seqs=N, tokens=N")
         if key in seen:
             raise ValueError(f"{key} is given twice")
         seen.add(key)
-        values[_KEYS[key]] = int(value)
-    return Plan(int(match["replicas"] or 1), int(match["tp"]), BatchingLimits(**values))
+        numbers = value.split("-") if key == "layers" else [value]
+        if not all(re.fullmatch(_COUNT, number) for number in numbers):
+            raise ValueError(f"{key} is {value!r}; it must be a whole number of at least 1")
+        if key == "layers":
+            layers = tuple(map(int, numbers))
+        else:
+            values[_KEYS[key]] = int(value)
+    sizes = {name: int(match[name] or 1) for name in ("tp", "pp", "dp", "ep")}
+    return Plan(
+        int(match["replicas"] or 1), Shape(**sizes, layers=layers), BatchingLimits(**values)
+    )

@@ -33,7 +33,9 @@ class Constraints:
 
     def device_count(self, num_devices: int) -> None:
         """Replicas may not take more devices than the pool has."""
-        taken = [c.tp * n for c, n in zip(self.classes, self.variables.count, strict=True)]
+        taken = [
+            c.shape.devices * n for c, n in zip(self.classes, self.variables.count, strict=True)
+        ]
         self.model.add(sum(taken) <= num_devices)
 
     def node_packing(self) -> None:

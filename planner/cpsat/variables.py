@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from ortools.sat.python import cp_model
 
-    from simulator.plan import BatchingLimits
+    from simulator.plan import BatchingLimits, Shape
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ReplicaClass:
 
     Parameters
     ----------
-    tp, limits
+    shape, limits
         Its shape and batching limits.
     counts
         Numbers of replicas that the scenario allows, ascending.
@@ -30,7 +30,7 @@ class ReplicaClass:
         Replicas of it that fit into whole nodes; ``None`` where nodes do not matter.
     """
 
-    tp: int
+    shape: Shape
     limits: BatchingLimits
     counts: tuple[int, ...]
     need_bytes: int

@@ -44,7 +44,7 @@ def launch_commands(problem: Problem, plan: Plan) -> tuple[str, ...]:
     else:
         words, options = ["vllm", "serve", problem.model.name], _vllm(problem, plan)
     words += [word for option in options for word in option]
-    nodes = -(-plan.tp // problem.devices_per_node)
+    nodes = -(-plan.shape.tp // problem.devices_per_node)
     if nodes > 1:  # each replica on nodes of its own
         if engine.name != "sglang":
             return (first + shlex.join(words),) * plan.replicas
@@ -67,7 +67,7 @@ def _vllm(problem: Problem, plan: Plan) -> Flags:
     rules, memory = problem.rules, problem.memory_rules
     default = problem.engine.rules(problem.max_model_len)
     flags: Flags = [
-        ("--tensor-parallel-size", str(plan.tp)),
+        ("--tensor-parallel-size", str(plan.shape.tp)),
         ("--max-num-seqs", str(plan.limits.max_num_seqs)),
         ("--max-num-batched-tokens", str(plan.limits.max_num_batched_tokens)),
         ("--max-model-len", str(problem.max_model_len)),
@@ -86,7 +86,7 @@ def _vllm(problem: Problem, plan: Plan) -> Flags:
         flags.append((_switch("enable-prefix-caching", on=problem.uses_prefix_cache),))
     if rules.late_results != default.late_results:
         flags.append((_switch("async-scheduling", on=rules.late_results),))
-    if plan.tp > problem.devices_per_node:
+    if plan.shape.tp > problem.devices_per_node:
         flags.append(("--distributed-executor-backend", "ray"))
     return flags + _dtypes(problem, kv_fp8="fp8")
 
@@ -98,7 +98,7 @@ def _sglang(problem: Problem, plan: Plan) -> Flags:
     chunk = plan.limits.max_num_batched_tokens if rules.chunked else CHUNKING_OFF
     flags: Flags = [
         ("--model-path", problem.model.name),
-        ("--tp-size", str(plan.tp)),
+        ("--tp-size", str(plan.shape.tp)),
         ("--max-running-requests", str(plan.limits.max_num_seqs)),
         ("--chunked-prefill-size", str(chunk)),
         ("--context-length", str(problem.max_model_len)),
@@ -125,7 +125,7 @@ def _sglang(problem: Problem, plan: Plan) -> Flags:
 def _trtllm(problem: Problem, plan: Plan) -> Flags:
     """Flags of ``trtllm-serve`` (commands/serve.py)."""
     return [
-        ("--tp_size", str(plan.tp)),
+        ("--tp_size", str(plan.shape.tp)),
         ("--max_batch_size", str(plan.limits.max_num_seqs)),
         ("--max_num_tokens", str(plan.limits.max_num_batched_tokens)),
         ("--max_seq_len", str(problem.max_model_len)),
@@ -176,11 +176,11 @@ def _switch(name: str, *, on: bool) -> str:
 def _fraction(problem: Problem, plan: Plan) -> str:
     """The memory fraction under the plan's limits, also where the engine would derive it."""
     rules = problem.memory_rules
-    return str(rules.fraction(problem.model, problem.device, plan.tp, plan.limits))
+    return str(rules.fraction(problem.model, problem.device, plan.shape.tp, plan.limits))
 
 
 def _devices(problem: Problem, plan: Plan, replica: int) -> str:
     """Device indices of a replica on its own node."""
-    per_node = problem.devices_per_node // plan.tp
-    first = (replica % per_node) * plan.tp
-    return ",".join(str(first + i) for i in range(plan.tp))
+    per_node = problem.devices_per_node // plan.shape.tp
+    first = (replica % per_node) * plan.shape.tp
+    return ",".join(str(first + i) for i in range(plan.shape.tp))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import planner.api
-import planner.cli
+import planner.commands.solve
 from planner import __version__
 from tests.command import one_line_error, process, write
 from tests.problems import LLAMA_70B, pool
@@ -102,7 +102,7 @@ def test_bad_commands(cli: Cli, args: list[str], message: str) -> None:
         ("0xtp1", "is not of the form"),
         ("tp1:seqs=", "seqs is ''"),
         ("tp1:seqs=0", "seqs is '0'"),
-        ("tp1:foo=3", "'foo=3' is not one of seqs=N, tokens=N"),
+        ("tp1:foo=3", "'foo=3' is not one of layers=N-N, seqs=N, tokens=N"),
         ("tp1:seqs=8,seqs=8", "seqs is given twice"),
         ("tp1\ntp2", "is not of the form"),
     ],
@@ -157,7 +157,7 @@ def test_interrupt_with_a_plan_in_hand(
     def interrupt(self: object, progress: Progress) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(planner.cli._ProgressLine, "__call__", interrupt)
+    monkeypatch.setattr(planner.commands.solve.ProgressLine, "__call__", interrupt)
     code, out, err = cli("solve", write(tmp_path), "--json", "-")
     report = json.loads(out)
     assert (code, err, report["status"], report["deterministic"]) == (0, "", "feasible", False)

@@ -18,7 +18,7 @@ from planner.objective import Constraint, Objective
 from planner.resolve import resolve
 from planner.scenario import Scenario
 from planner.search import Search
-from simulator.plan import BatchingLimits, Plan
+from simulator.plan import BatchingLimits, Plan, Shape
 from tests.problems import OBJECTIVES, goal, mapping, random_sections
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Simulated:
     def rank(self, objective: str, problem: Problem) -> tuple[int, ...]:
         """Value, secondary value, devices, changed defaults, then the plan's own order."""
         plan, defaults = self.plan, problem.default_limits
-        devices = plan.replicas * plan.tp
+        devices = plan.replicas * plan.shape.tp
         if objective == "devices":
             value = (devices, self.nanoseconds("mean", "e2e"))
         elif objective == "throughput":
@@ -81,7 +81,7 @@ def simulate_all(problem: Problem) -> list[Simulated]:
     """Every plan of the grid that can run, simulated to its end."""
     model, grid = problem.model, problem.space
     found = []
-    for tp in grid.tp:
+    for tp in (shape.tp for shape in grid.shapes):
         (layer,) = model.layer_counts
         divides = layer.mixer.num_heads % tp == 0 and layer.ffn.intermediate_size % tp == 0
         kv_heads = layer.mixer.num_kv_heads % tp == 0 or tp % layer.mixer.num_kv_heads == 0
@@ -90,11 +90,11 @@ def simulate_all(problem: Problem) -> list[Simulated]:
         for seqs in grid.max_num_seqs:
             for tokens in grid.max_num_batched_tokens:
                 limits = BatchingLimits(seqs, tokens)
-                held_tokens = problem.blocks(tp, limits) * problem.memory_rules.block_tokens
+                held_tokens = problem.blocks(Shape(tp), limits) * problem.memory_rules.block_tokens
                 if tokens < seqs or held_tokens < problem.max_model_len:
                     continue
                 counts = [n for n in grid.replicas if n * tp <= problem.num_devices]
-                found.extend(simulate_one(problem, Plan(n, tp, limits)) for n in counts)
+                found.extend(simulate_one(problem, Plan(n, Shape(tp), limits)) for n in counts)
     return found
 
 
@@ -176,7 +176,7 @@ def test_solve_equals_brute_force(
 
     allowed = [s for s in simulated if s.keeps(slo)]
     grid = problem.space
-    sizes = (grid.tp, grid.replicas, grid.max_num_seqs, grid.max_num_batched_tokens)
+    sizes = (grid.shapes, grid.replicas, grid.max_num_seqs, grid.max_num_batched_tokens)
     check_counts(report, len(simulated), int(np.prod([len(s) for s in sizes])))
     if not allowed:
         assert report.status == "infeasible"

@@ -17,7 +17,7 @@ from simulator.model import (
     Mlp,
     ModelShape,
 )
-from simulator.plan import BatchingLimits
+from simulator.plan import BatchingLimits, Shape
 from simulator.weights import weight_bytes_per_rank
 from tests.shapes import device
 
@@ -124,6 +124,6 @@ def test_wider_tp_never_takes_more(model: ModelShape) -> None:
 def test_the_budget_adds_up(model: ModelShape, tp: int, memory_gib: int) -> None:
     """Pages, with the null one, fill what is left to within one page."""
     rules = MemoryRules(0.9, 10**8, 0, 16, 10, "fp32")
-    budget = memory_budget(model, device(memory_gib), tp, BatchingLimits(16, 512), rules)
+    budget = memory_budget(model, device(memory_gib), Shape(tp), BatchingLimits(16, 512), rules)
     left = budget.usable_bytes - budget.fixed_bytes
     assert 0 <= left - (budget.num_blocks + 1) * budget.layout.page_bytes < budget.block_bytes

@@ -18,7 +18,7 @@ from simulator.cost import CostCompiler
 from simulator.engine_rules import HostConstants
 from simulator.interpolate import Provenance
 from simulator.ops import head_gemm, layer_gemms
-from simulator.plan import BatchingLimits
+from simulator.plan import BatchingLimits, Shape
 from simulator.precision import PRECISIONS
 from simulator.units import GIB
 from tests import problems
@@ -88,7 +88,9 @@ def compiler(device: str, model: ModelShape, version: str = NEWEST) -> CostCompi
 
 def decode_s(device: str, model: ModelShape, tp: int) -> float:
     """One decode iteration of one sequence."""
-    return iteration_s(compiler(device, model).compile(tp, LIMITS), 1, 1, CONTEXT, 0.0, 1, False)
+    return iteration_s(
+        compiler(device, model).compile(Shape(tp), LIMITS), 1, 1, CONTEXT, 0.0, 1, False
+    )
 
 
 def read_weights_s(device: str, model: ModelShape, tp: int) -> float:
@@ -150,7 +152,7 @@ def test_costs_are_finite_positive_and_monotone(device: str, name: str) -> None:
     costs = compiler(device, shape(name))
     assert costs.widths == WIDTHS.get(device, NODE)
     for tp in costs.widths:
-        cost = costs.compile(tp, LIMITS)
+        cost = costs.compile(Shape(tp), LIMITS)
         for array in (cost.decode_ps, cost.mixed_ps, cost.sampled_ps, cost.prefill_ps):
             assert (array[:, 1:] > 0).all()
             assert (np.diff(array) >= 0).all()

@@ -11,7 +11,7 @@ from planner.errors import InputError
 from planner.resolve import resolve
 from planner.scenario import Scenario
 from planner.scenario_sections import EngineSpec
-from simulator.plan import BatchingLimits, Plan
+from simulator.plan import BatchingLimits, Plan, Shape
 from simulator.rules import SGLANG, TRTLLM, VLLM_V0
 from tests.problems import mapping
 
@@ -188,7 +188,7 @@ def test_pinned_limits_are_the_space(engine: str) -> None:
     got = problem(section(engine, num_gpu_blocks=77, **pinned), search=None)
     assert (got.space.max_num_seqs, got.space.max_num_batched_tokens) == ((32,), (2048,))
     assert got.default_limits == BatchingLimits(32, 2048)
-    assert got.plan_text(Plan(1, 1, BatchingLimits(32, 2048))) == "tp1"
+    assert got.plan_text(Plan(1, Shape(1), BatchingLimits(32, 2048))) == "tp1"
     assert got.blocks(1, got.default_limits) == 77
 
 

@@ -11,7 +11,7 @@ import pytest
 from planner.export.flags import launch_commands
 from planner.resolve import resolve
 from planner.scenario import Scenario
-from simulator.plan import BatchingLimits, Plan
+from simulator.plan import BatchingLimits, Plan, Shape
 from tests.problems import LLAMA_8B, LLAMA_70B, mapping, pool
 
 LIMITS = BatchingLimits(8, 512)
@@ -35,7 +35,7 @@ def flags(words: list[str]) -> dict[str, str]:
 
 def test_vllm() -> None:
     """Limits and fraction always, switches where the scenario sets them."""
-    plan = Plan(1, 2, LIMITS)
+    plan = Plan(1, Shape(2), LIMITS)
     (words,) = commands(plan, {"name": "vllm", "version": "0.24.0"})
     assert words[:3] == ["vllm", "serve", LLAMA_8B]
     usual = {
@@ -65,13 +65,13 @@ def test_vllm() -> None:
 def test_v0_takes_a_value_for_chunked_prefill() -> None:
     """0.6.0 knows no ``--no-`` form."""
     engine = {"name": "vllm", "version": "0.6.0", "enable_chunked_prefill": True}
-    (words,) = commands(Plan(1, 1, LIMITS), engine)
+    (words,) = commands(Plan(1, Shape(1), LIMITS), engine)
     assert flags(words)["--enable-chunked-prefill"] == "True"
 
 
 def test_sglang() -> None:
     """The fraction that its formula gives is spelled out."""
-    (words,) = commands(Plan(1, 2, LIMITS), {"name": "sglang", "version": "0.5.9"})
+    (words,) = commands(Plan(1, Shape(2), LIMITS), {"name": "sglang", "version": "0.5.9"})
     assert words[:3] == ["python", "-m", "sglang.launch_server"]
     usual = {
         "--model-path": LLAMA_8B,
@@ -101,7 +101,7 @@ def test_sglang_settings() -> None:
         "async_scheduling": False,
     }
     model = {"config": LLAMA_8B, "max_model_len": 1024, "kv_cache_dtype": "fp8"}
-    (words,) = commands(Plan(1, 1, BatchingLimits(8, 16_384)), engine, model=model)
+    (words,) = commands(Plan(1, Shape(1), BatchingLimits(8, 16_384)), engine, model=model)
     assert flags(words) == {
         "--model-path": LLAMA_8B,
         "--tp-size": "1",
@@ -122,7 +122,7 @@ def test_sglang_settings() -> None:
 
 def test_trtllm() -> None:
     """No file of options where all of them are the engine's defaults."""
-    (words,) = commands(Plan(1, 2, LIMITS), {"name": "trtllm", "version": "1.0.0rc3"})
+    (words,) = commands(Plan(1, Shape(2), LIMITS), {"name": "trtllm", "version": "1.0.0rc3"})
     assert words[:2] == ["trtllm-serve", LLAMA_8B]
     assert flags(words) == {
         "--tp_size": "2",
@@ -131,7 +131,7 @@ def test_trtllm() -> None:
         "--max_seq_len": "1024",
         "--kv_cache_free_gpu_memory_fraction": "0.9",
     }
-    assert commands(Plan(1, 2, LIMITS), {"name": "trtllm", "version": "0.14.0"}) == []
+    assert commands(Plan(1, Shape(2), LIMITS), {"name": "trtllm", "version": "0.14.0"}) == []
 
 
 def test_trtllm_options_without_a_flag() -> None:
@@ -146,7 +146,7 @@ def test_trtllm_options_without_a_flag() -> None:
         "capacity_scheduler_policy": "max_utilization",
         "async_scheduling": False,
     }
-    both = commands(Plan(2, 1, LIMITS), engine)
+    both = commands(Plan(2, Shape(1), LIMITS), engine)
     for replica, words in enumerate(both):
         assert words[0] == "echo"
         assert words[2:7] == [
@@ -174,7 +174,7 @@ def test_trtllm_options_without_a_flag() -> None:
 def test_replicas_of_a_node(engine: str, first_port: int) -> None:
     """Each engine counts up from its own default port."""
     version = {"vllm": "0.24.0", "sglang": "0.5.14"}[engine]
-    both = commands(Plan(2, 1, LIMITS), {"name": engine, "version": version})
+    both = commands(Plan(2, Shape(1), LIMITS), {"name": engine, "version": version})
     assert [words[0] for words in both] == ["CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=1"]
     ports = [flags(words)["--port"] for words in both]
     assert ports == [str(first_port), str(first_port + 1)]
@@ -185,7 +185,7 @@ def test_sglang_over_nodes() -> None:
     cluster = pool(8, nodes=2)
     cluster["pools"][0]["interconnect"] = "ib_400g"
     both = commands(
-        Plan(1, 16, LIMITS),
+        Plan(1, Shape(16), LIMITS),
         {"name": "sglang", "version": "0.5.14"},
         cluster=cluster,
         model={"config": LLAMA_70B, "max_model_len": 1024},

@@ -9,7 +9,7 @@ import pytest
 
 from planner.api import solve
 from planner.resolve import resolve
-from simulator.plan import BatchingLimits
+from simulator.plan import BatchingLimits, Shape
 from tests.problems import LLAMA_8B, LLAMA_70B, QWEN_7B, engine, pool, scenario
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def test_weights_that_fit_nowhere() -> None:
     sections = memory_case("weights")
     reason, relaxation = infeasible(**sections)
     problem = resolve(scenario(**sections))
-    budget = problem.memory(1, BatchingLimits(8, 512))
+    budget = problem.memory(Shape(1), BatchingLimits(8, 512))
     assert "weights 131.4" in reason
     assert f"needs {budget.fixed_bytes / 2**30:.1f} GiB per device" in reason
     assert f"{budget.usable_bytes / 2**30:.1f} GiB are usable" in reason

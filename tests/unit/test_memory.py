@@ -16,7 +16,7 @@ from simulator.memory import (
     memory_budget,
 )
 from simulator.model import Experts, Layer, ModelShape
-from simulator.plan import BatchingLimits
+from simulator.plan import BatchingLimits, Shape
 from simulator.units import GIB, MIB
 from simulator.weights import weight_bytes_per_rank
 from tests.shapes import (
@@ -163,7 +163,7 @@ def test_kv_capacity_worked_in_full() -> None:
         logit_bytes=10,
         state_dtype="fp32",
     )
-    budget = memory_budget(LLAMA_8B, device(80), 1, BatchingLimits(256, 8192), rules)
+    budget = memory_budget(LLAMA_8B, device(80), Shape(1), BatchingLimits(256, 8192), rules)
     assert budget.usable_bytes == 77_309_411_328  # 0.9 * 80 * 1024^3
     assert budget.weight_bytes == 16_060_522_496  # 2 * 8,030,261,248
     assert budget.activation_bytes == 905_969_664  # see above
@@ -187,7 +187,7 @@ def test_a_device_too_small_has_no_blocks() -> None:
         logit_bytes=10,
         state_dtype="fp32",
     )
-    budget = memory_budget(LLAMA_70B, device(80), 1, BatchingLimits(256, 8192), rules)
+    budget = memory_budget(LLAMA_70B, device(80), Shape(1), BatchingLimits(256, 8192), rules)
     assert budget.num_blocks < 0
     assert budget.fixed_bytes > budget.usable_bytes
 
@@ -242,7 +242,7 @@ def test_kv_memory_against_public_logs(
     sampler's peak. Ours is 0.5 to 1.1 GiB there, so less than 0.8 GiB is missing.
     """
     rules = MemoryRules(0.9, int(outside_gib * GIB), 0, 16, 10, "fp32")
-    budget = memory_budget(model, device(memory_gib), tp, BatchingLimits(256, tokens), rules)
+    budget = memory_budget(model, device(memory_gib), Shape(tp), BatchingLimits(256, tokens), rules)
     ours_gib = budget.num_blocks * budget.block_bytes / GIB
     assert kv_gib < ours_gib < kv_gib * (1 + within)
     assert 0 < 1.26 - budget.activation_bytes / GIB < 0.8
@@ -256,27 +256,29 @@ def static_share(fraction: float | ShareByWidth | Reserve) -> MemoryRules:
 def test_a_static_share_holds_weights_and_pages_only() -> None:
     """Llama-3.1-8B on one 80 GiB device as SGLang counts, by hand."""
     limits = BatchingLimits(256, 8192)
-    budget = memory_budget(LLAMA_8B, device(80), 1, limits, static_share(0.85))
+    budget = memory_budget(LLAMA_8B, device(80), Shape(1), limits, static_share(0.85))
     assert budget.usable_bytes == 71_189_082_931  # 0.85 * 83,751,862,272 = 71,189,082,931.2
     assert budget.fixed_bytes == budget.weight_bytes == 16_060_522_496
     # 55,128,560,435 / (2 * 32 layers * 8 heads * 128 * 2 bytes = 131,072) = 420,597.5.
     assert (budget.block_bytes, budget.num_blocks) == (131_072, 420_597)
     # Activations and graphs live in the rest: a larger budget changes nothing.
     larger = BatchingLimits(2048, 16_384)
-    assert memory_budget(LLAMA_8B, device(80), 1, larger, static_share(0.85)) == budget
+    assert memory_budget(LLAMA_8B, device(80), Shape(1), larger, static_share(0.85)) == budget
 
 
 def test_a_share_of_free_memory_comes_after_activations() -> None:
     """The same as TensorRT-LLM counts: nine tenths of what weights and all else leave."""
     rules = MemoryRules(0.9, 2 * GIB, 0, 32, 0, "fp32", accounting="share_of_free", null_blocks=0)
     limits = BatchingLimits(256, 8192)
-    budget = memory_budget(LLAMA_8B, device(80), 1, limits, rules)
+    budget = memory_budget(LLAMA_8B, device(80), Shape(1), limits, rules)
     # 16,060,522,496 + 905,969,664 (see above) + 2,147,483,648.
     assert budget.fixed_bytes == 19_113_975_808
     # 85,899,345,920 - 19,113,975,808 = 66,785,370,112; * 0.9 = 60,106,833,100.8.
     assert budget.usable_bytes - budget.fixed_bytes == 60_106_833_100
     assert budget.num_blocks == 60_106_833_100 // (32 * 131_072)
-    half = memory_budget(LLAMA_8B, device(80), 1, limits, replace(rules, memory_fraction=0.45))
+    half = memory_budget(
+        LLAMA_8B, device(80), Shape(1), limits, replace(rules, memory_fraction=0.45)
+    )
     assert half.num_blocks == pytest.approx(budget.num_blocks / 2, abs=1)
 
 

@@ -28,7 +28,7 @@ from planner.io.engines import load_engine
 from simulator.kv_layout import kv_bytes_per_token, kv_layout, state_bytes, token_bytes
 from simulator.memory import NULL_BLOCKS, MemoryRules, memory_budget
 from simulator.model import Attention, GatedDeltaNet, Mamba2, ModelShape
-from simulator.plan import BatchingLimits
+from simulator.plan import BatchingLimits, Shape
 from simulator.units import GIB
 from tests.shapes import (
     DEEPSEEK_V32,
@@ -175,7 +175,9 @@ class Run:
             logit_bytes=self.logit_bytes,
             state_dtype="fp32",
         )
-        budget = memory_budget(self.model, device(self.memory_gib), self.tp, self.limits, rules)
+        budget = memory_budget(
+            self.model, device(self.memory_gib), Shape(self.tp), self.limits, rules
+        )
         return (budget.num_blocks + NULL_BLOCKS) * budget.block_bytes / GIB
 
 
@@ -307,7 +309,7 @@ def test_sglang_pools_from_the_device_on(
     """KV memory as the shipped SGLang profiles count it, from the device's memory on."""
     engine = load_engine("sglang", version)
     rules = engine.memory_rules(on, EngineSettings(memory_fraction=fraction))
-    budget = memory_budget(model, on, tp, engine.default_limits(on), rules)
+    budget = memory_budget(model, on, Shape(tp), engine.default_limits(on), rules)
     assert budget.num_blocks * budget.block_bytes / GIB == pytest.approx(kv_gib, rel=0.015)
 
 
@@ -340,6 +342,6 @@ def test_trtllm_sequences_that_fit(model: ModelShape, tp: int, sequences: int) -
     rules = load_engine("trtllm", "1.0.0rc3").memory_rules(
         H100, EngineSettings(memory_fraction=0.8)
     )
-    budget = memory_budget(model, H100, tp, BatchingLimits(2048, 4096), rules)
+    budget = memory_budget(model, H100, Shape(tp), BatchingLimits(2048, 4096), rules)
     fit = budget.num_blocks * budget.layout.block_tokens / 5096
     assert fit == pytest.approx(sequences, rel=0.025)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.plan import BatchingLimits, Plan, parse_plan
+from simulator.plan import BatchingLimits, Plan, Shape, parse_plan
 
 DEFAULTS = BatchingLimits(max_num_seqs=1024, max_num_batched_tokens=8192)
 
@@ -16,7 +16,19 @@ some_limits = st.builds(
     max_num_seqs=st.sampled_from([1024]) | counts,
     max_num_batched_tokens=st.sampled_from([8192]) | counts,
 )
-plans = st.builds(Plan, replicas=counts, tp=counts, limits=some_limits)
+sizes = st.integers(1, 64)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    """Any shape: experts over a divisor of the stage's width, layers dealt out or named."""
+    tp, pp, dp = draw(sizes), draw(st.integers(1, 4)), draw(sizes)
+    ep = draw(st.sampled_from([n for n in range(1, tp * dp + 1) if tp * dp % n == 0]))
+    layers = draw(st.just(()) | st.tuples(*[sizes] * pp))
+    return Shape(tp, pp, dp, ep, layers)
+
+
+plans = st.builds(Plan, replicas=counts, shape=shapes(), limits=some_limits)
 
 
 @given(plan=plans, defaults=some_limits)
@@ -39,11 +51,18 @@ def test_different_plans_have_different_texts_and_tie_keys(one: Plan, other: Pla
 @pytest.mark.parametrize(
     ("plan", "text"),
     [
-        (Plan(1, 8, DEFAULTS), "tp8"),
-        (Plan(2, 4, DEFAULTS), "2xtp4"),
-        (Plan(1, 1, BatchingLimits(128, 8192)), "tp1:seqs=128"),
-        (Plan(1, 1, BatchingLimits(1024, 2048)), "tp1:tokens=2048"),
-        (Plan(8, 1, BatchingLimits(64, 512)), "8xtp1:seqs=64,tokens=512"),
+        (Plan(1, Shape(8), DEFAULTS), "tp8"),
+        (Plan(2, Shape(4), DEFAULTS), "2xtp4"),
+        (Plan(1, Shape(1), BatchingLimits(128, 8192)), "tp1:seqs=128"),
+        (Plan(1, Shape(1), BatchingLimits(1024, 2048)), "tp1:tokens=2048"),
+        (Plan(8, Shape(1), BatchingLimits(64, 512)), "8xtp1:seqs=64,tokens=512"),
+        (Plan(2, Shape(4, pp=2), DEFAULTS), "2xtp4pp2"),
+        (Plan(1, Shape(1, dp=8, ep=8), DEFAULTS), "tp1dp8ep8"),
+        (Plan(1, Shape(8, ep=8), DEFAULTS), "tp8ep8"),
+        (
+            Plan(1, Shape(4, pp=2, layers=(41, 39)), BatchingLimits(64, 8192)),
+            "tp4pp2:layers=41-39,seqs=64",
+        ),
     ],
 )
 def test_canonical_text_leaves_defaults_out(plan: Plan, text: str) -> None:
@@ -76,13 +95,17 @@ def test_a_bad_shape_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tp8:pp=2", "'pp=2' is not one of seqs=N, tokens=N"),
+        ("tp8:pp=2", "'pp=2' is not one of layers=N-N, seqs=N, tokens=N"),
         ("tp8:seqs", "'seqs' is not one of"),
         ("tp8:seqs=", "seqs is ''; it must be a whole number of at least 1"),
         ("tp8:seqs=0", "seqs is '0'; it must be"),
         ("tp8:tokens=-4", "tokens is '-4'; it must be"),
         ("tp8:tokens=1.5", "tokens is '1.5'; it must be"),
         ("tp8:seqs=4,seqs=8", "seqs is given twice"),
+        ("tp2:layers=4-4", "layers names 2 stages; pp is 1"),
+        ("tp2pp2:layers=4-x", "layers is '4-x'; it must be"),
+        ("tp4ep3", "ep is 3; it must divide the 4 devices of a pipeline stage"),
+        ("tp2dp2ep8", "ep is 8; it must divide the 4 devices"),
     ],
 )
 def test_a_bad_limit_is_refused(text: str, message: str) -> None:
@@ -97,7 +120,14 @@ def test_counts_below_one_are_refused(field: str) -> None:
     counts = {"replicas": 1, "tp": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, field: 0}
     replicas, tp = counts.pop("replicas"), counts.pop("tp")
     with pytest.raises(ValueError, match=f"{field} is 0; it must be at least 1"):
-        Plan(replicas, tp, BatchingLimits(**counts))
+        Plan(replicas, Shape(tp), BatchingLimits(**counts))
+
+
+def test_a_shape_counts_its_devices() -> None:
+    """A stage is tp x dp wide; experts of ep groups are cut over what is left of it."""
+    shape = Shape(2, pp=3, dp=4, ep=4)
+    assert (shape.width, shape.moe_tp, shape.devices) == (8, 2, 24)
+    assert Plan(2, shape, DEFAULTS).devices == 48
 
 
 def test_ties_go_to_fewer_devices_then_to_fewer_changed_limits() -> None:

@@ -119,7 +119,7 @@ def test_interrupt_gives_the_plan_in_hand(calls: int) -> None:
     incumbent, plan = seen[-1].incumbent, report.plan
     assert incumbent is not None
     assert plan is not None
-    assert (incumbent.replicas, incumbent.tp) == (plan.replicas, plan.tp)
+    assert (incumbent.replicas, incumbent.shape.tp) == (plan.replicas, plan.tp)
     assert incumbent.limits.max_num_seqs == plan.max_num_seqs
     assert incumbent.limits.max_num_batched_tokens == plan.max_num_batched_tokens
 

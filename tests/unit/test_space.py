@@ -12,7 +12,7 @@ def test_no_replica_spans_two_nodes() -> None:
     """Two nodes of three devices hold one tp2 replica each, though 3 x 2 devices are there."""
     spec = scenario(cluster=pool(3, nodes=2), search={"space": {"tp": [1, 2]}})
     space = enumerate_space(resolve(spec))
-    shapes = {(plan.replicas, plan.tp) for plan in space.plans}
+    shapes = {(plan.replicas, plan.shape.tp) for plan in space.plans}
     assert max(r for r, tp in shapes if tp == 2) == 2
     assert max(r for r, tp in shapes if tp == 1) == 6
     assert space.excluded[PACKING] > 0

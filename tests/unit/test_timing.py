@@ -20,7 +20,7 @@ from simulator.engine_rules import GraphRules, HostConstants, graph_sizes
 from simulator.gemm import gemm_s
 from simulator.interpolate import Provenance
 from simulator.ops import elementwise, head_gemm, layer_gemms, sampler_bytes_per_sequence
-from simulator.plan import BatchingLimits
+from simulator.plan import BatchingLimits, Shape
 from simulator.timing import IterationCost, decode_attention_ps, in_ps, in_s, one_stage, stages_of
 from tests.builders import TICK_S, Seconds, iteration_s, linear_cost, seconds_of
 from tests.shapes import LLAMA_70B
@@ -49,7 +49,7 @@ def compiler(host: HostConstants = NO_HOST, graphs: GraphRules = GRAPHS) -> Cost
 
 def compiled(tp: int, host: HostConstants = NO_HOST) -> IterationCost:
     """The cost of a replica ``tp`` wide under ``LIMITS``."""
-    return compiler(host).compile(tp, LIMITS)
+    return compiler(host).compile(Shape(tp), LIMITS)
 
 
 def times_of(tp: int, host: HostConstants = NO_HOST) -> Seconds:
@@ -140,7 +140,7 @@ def test_no_array_ever_falls(tp: int) -> None:
     """
     for graphs in (GRAPHS, PIECES, GraphRules((), full_decode=False)):
         host = HostConstants(iteration_s=1e-3, sequence_s=1e-5, prefill_multiplier=1.2)
-        cost = compiler(host, graphs).compile(tp, LIMITS)
+        cost = compiler(host, graphs).compile(Shape(tp), LIMITS)
         for array in (cost.decode_ps, cost.mixed_ps, cost.sampled_ps, cost.prefill_ps):
             assert (np.diff(array) >= 0).all()
         assert (np.diff(cost.attention_ps, axis=1) >= 0).all()
@@ -162,7 +162,7 @@ def test_arrays_have_one_entry_per_count(tp: int) -> None:
     assert cost.attention_ps.shape == (1, 257, len(cost.context_knots))
     assert cost.attention_slope_ps.shape == cost.attention_ps.shape
     assert cost.prefill_ps.shape == (1, CONTEXT + 1)
-    narrow = compiler().compile(tp, BatchingLimits(64, 2048))
+    narrow = compiler().compile(Shape(tp), BatchingLimits(64, 2048))
     assert np.array_equal(narrow.sampled_ps, cost.sampled_ps[:, :65])
     assert np.array_equal(narrow.attention_ps, cost.attention_ps[:, :65])
     assert np.array_equal(narrow.prefill_ps, cost.prefill_ps)
@@ -237,7 +237,7 @@ def test_captured_sizes_stop_at_twice_the_sequences_and_at_the_budget() -> None:
 
 def test_without_graphs_nothing_is_padded() -> None:
     """A version that captures nothing pays for the tokens it has, with the eager all-reduce."""
-    cost = seconds_of(compiler(graphs=GraphRules((), full_decode=False)).compile(2, LIMITS))
+    cost = seconds_of(compiler(graphs=GraphRules((), full_decode=False)).compile(Shape(2), LIMITS))
     own = np.array([own_linear_s(2, tokens, in_graph=False) for tokens in (1, 9, 100, 5000)])
     np.testing.assert_allclose(cost.decode_s[[1, 9, 100, 5000]], own, rtol=0, atol=PICOSECOND_S)
     assert cost.decode_s[0] == 0
@@ -313,8 +313,8 @@ def test_prompt_iterations_pay_for_what_few_tokens_leave_idle(tp: int) -> None:
 def test_eager_layers_have_a_floor_outside_full_graphs() -> None:
     """80 layers of 50 us take 4 ms where the batch does not replay as one graph."""
     host = HostConstants(eager_layer_s=50e-6)
-    full = seconds_of(compiler(host).compile(8, LIMITS))
-    pieces = seconds_of(compiler(host, PIECES).compile(8, LIMITS))
+    full = seconds_of(compiler(host).compile(Shape(8), LIMITS))
+    pieces = seconds_of(compiler(host, PIECES).compile(Shape(8), LIMITS))
     assert (full.decode_floor_s, pieces.decode_floor_s) == (0.0, pytest.approx(4e-3))
     assert full.mixed_floor_s == pieces.mixed_floor_s == pytest.approx(4e-3)
 
@@ -332,7 +332,7 @@ def test_nccl_reduces_large_messages_where_the_version_says_so() -> None:
         nccl_all_reduce_from_bytes={2: 8 * 1024**2},
         **sizes,
     )
-    switched = seconds_of(switching.compile(2, LIMITS)).decode_s
+    switched = seconds_of(switching.compile(Shape(2), LIMITS)).decode_s
     assert np.array_equal(switched[:497], plain[:497])  # up to the size below 512
     elements = [4096 * MODEL.hidden_size]
     own = float(all_reduce_s(TABLE, DEVICE, "graph", 2, elements)[0][0]) + copy_s(elements[0])
