@@ -25,8 +25,9 @@ import numpy as np
 
 from bench.uncovered import UncoveredError
 from simulator.collectives import all_reduce_s
+from simulator.layer_collectives import all_reduces
 from simulator.model import Experts
-from simulator.ops import all_reduces
+from simulator.plan import Shape
 from simulator.timing import one_stage
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ def layer_cost(
             table, device = collectives
             elements = np.maximum(tokens, 1) * model.hidden_size
             reduce_s, _ = all_reduce_s(table, device, "graph", tp, elements)
-            linear = linear + count * all_reduces(layer) * reduce_s
+            linear = linear + count * all_reduces(layer, Shape(tp)) * reduce_s
     decode = _padded(linear, graphs.captured(limits, tp))
     mixed = _padded(linear, graphs.captured_with_prompts(limits, tp))
     if load is not None:

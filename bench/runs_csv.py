@@ -18,7 +18,7 @@ from planner.errors import PlannerError
 from planner.resolve import resolve
 from planner.scenario import Scenario
 from planner.space import broken_rule
-from simulator.plan import parse_plan
+from simulator.plan import Shape, parse_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -224,18 +224,28 @@ def case_of(row: Row, *, kv_cache_dtype: str | None = None, calibration: str | N
     engine |= _settings(row, client, names.release.engine)
     if calibration is not None:
         engine["calibration"] = calibration
-    tp, plan = _plan(row)
+    shape, replicas = _shape(row)
     longest = max(_count(row, "max_model_len"), client.longest_tokens)
     data: dict[str, Any] = {
         "schema_version": 1,
         "model": names.checkpoint.reaching(longest).section(longest),
         "cluster": {
-            "pools": [{"device": names.device, "nodes": 1, "devices_per_node": _devices(row, tp)}]
+            "pools": [
+                {"device": names.device, "nodes": 1, "devices_per_node": replicas * shape.devices}
+            ]
         },
         "engine": engine,
         "workload": client.workload(),
         "objective": {"minimize": "mean_e2e"},
-        "search": {"space": {"tp": [tp], "replicas": [max(_count(row, "dp"), 1)]}},
+        "search": {
+            "space": {
+                "tp": [shape.tp],
+                "pp": [shape.pp],
+                "dp": [shape.dp],
+                "ep": [shape.ep],
+                "replicas": [replicas],
+            }
+        },
     }
     try:
         scenario = Scenario.model_validate(data)
@@ -247,7 +257,7 @@ def case_of(row: Row, *, kv_cache_dtype: str | None = None, calibration: str | N
         names=names,
         client=client,
         scenario=scenario,
-        plan=plan,
+        plan=(f"{replicas}x" if replicas > 1 else "") + shape.text,
         rules=assumed.rules,
         defaulted=(*defaulted, *client.assumed),
     )
@@ -278,19 +288,20 @@ def _settings(row: Row, client: Client, engine: str) -> dict[str, Any]:
     return out
 
 
-def _plan(row: Row) -> tuple[int, str]:
-    """Tensor-parallel width, and the plan's text as ``design.md`` spells plans."""
+def _shape(row: Row) -> tuple[Shape, int]:
+    """How a replica is spread over devices, and how many there are.
+
+    ``dp`` counts attention groups of one replica where experts are spread over them or the row
+    says so, else replicas.
+    """
     tp, pp, dp, ep = (max(_count(row, column), 1) for column in ("tp", "pp", "dp", "ep"))
-    if row.get("attention_dp") == "on":
-        raise UncoveredError("attention data parallelism is not simulated")
-    if ep > 1 or row.get("expert_parallel") == "on":
-        raise UncoveredError("expert parallelism is not simulated")
-    text = f"{dp}x" if dp > 1 else ""
-    return tp, f"{text}tp{tp}" + (f"pp{pp}" if pp > 1 else "")
-
-
-def _devices(row: Row, tp: int) -> int:
-    return tp * max(_count(row, "pp"), 1) * max(_count(row, "dp"), 1)
+    if ep == 1 and row.get("expert_parallel") == "on":
+        ep = tp * dp
+    joined = row.get("attention_dp") == "on" or ep > tp
+    try:
+        return (Shape(tp, pp, dp, ep), 1) if joined else (Shape(tp, pp, 1, ep), dp)
+    except ValueError as error:
+        raise UncoveredError(str(error)) from error
 
 
 def _count(row: Row, column: str) -> int:

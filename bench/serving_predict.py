@@ -181,7 +181,7 @@ def _machine(card: str, checkpoint: Checkpoint, engine: str, version: str) -> _M
 
 def _shape_key(model: ModelShape) -> str:
     """Sizes of a model as text: equal for checkpoints that differ in name only."""
-    billions = weight_bytes_per_rank(model, 1) / 1e9
+    billions = weight_bytes_per_rank(model, Shape(1)) / 1e9
     return f"{model.num_layers} layers of {model.hidden_size}, {billions:.1f} GB"
 
 

@@ -22,6 +22,7 @@ from planner.report import (
 from planner.resolve import resolve
 from planner.search import Search
 from planner.space import KV_CACHE, WEIGHTS, broken_rule, explain_rule
+from planner.uncertainty import TooClose, metrics_interval, too_close
 from simulator.plan import parse_plan
 
 if TYPE_CHECKING:
@@ -148,9 +149,11 @@ def simulate_requests(
     result = run.finish()
     outcome = Outcome.of(result, plan.devices)
     labels = operator_labels(problem, plan, result)
+    metrics = run_metrics(problem, plan, result)
     report = SimulationReport(
         plan=PlanSummary.of(problem, plan),
-        metrics=run_metrics(problem, plan, result),
+        metrics=metrics,
+        metrics_interval=metrics_interval(problem, plan, metrics),
         breaks=tuple(c.name for c in problem.constraints if c.is_broken(outcome)),
         provenance=provenance_of(problem, plan, result, labels),
         warnings=warnings_of(problem, labels),
@@ -180,6 +183,9 @@ def _report(
     labels = operator_labels(problem, plan, result)
     value = objective.value(best.score[0])
     bound = None if found.bound is None else objective.value(found.bound)
+    metrics = run_metrics(problem, plan, result)
+    alternatives = _alternatives(problem, found, best)
+    close = _close_runner_up(problem, plan, value, alternatives)
     return PlanReport(
         status="optimal" if found.proved else "feasible",
         plan=PlanSummary.of(problem, plan),
@@ -188,13 +194,30 @@ def _report(
         ),
         bound=bound,
         gap=_gap(value, bound),
-        metrics=run_metrics(problem, plan, result),
-        alternatives=_alternatives(problem, found, best),
+        metrics=metrics,
+        metrics_interval=metrics_interval(problem, plan, metrics),
+        too_close=close,
+        alternatives=alternatives,
         search=summary,
         provenance=provenance_of(problem, plan, result, labels),
-        warnings=warnings_of(problem, labels),
+        warnings=(
+            *warnings_of(problem, labels),
+            *((close.warning(problem.plan_text(plan)),) if close else ()),
+        ),
         deterministic=found.deterministic,
     )
+
+
+def _close_runner_up(
+    problem: Problem, plan: Plan, value: float, alternatives: tuple[Alternative, ...]
+) -> TooClose | None:
+    """The best plan of another shape that meets every constraint, where it is inside the noise."""
+    for other in alternatives:
+        if not other.breaks:
+            runner_up = parse_plan(other.id, problem.default_limits)
+            if not runner_up.same_devices(plan):
+                return too_close(problem, (plan, value), (runner_up, other.value))
+    return None
 
 
 def _gap(value: float, bound: float | None) -> float | None:

@@ -27,10 +27,13 @@ from simulator.state import (
     FINISH,
     FIRST_TOKEN,
     GENERATED,
+    IN_FLIGHT,
     NEVER_PS,
+    NEXT_SLOT,
     OUTPUT,
     PROMPT,
     REPLICA,
+    STARTED,
 )
 from simulator.timing import decode_attention_ps, in_s, iteration_ps
 
@@ -59,13 +62,25 @@ def _decode_floors(
     """Fill ``floors_ps`` with the least time of an iteration that emits a token at each context.
 
     Either the request decodes, among any number of others with at least one token each, or it
-    recomputes its whole context after a preemption, which takes ``recompute_ps`` of attention.
+    recomputes its whole context after a preemption, which takes ``recompute_ps``, (K, L + 1), of
+    attention. Either way the iteration passes through every pipeline stage.
     """
+    stages = cost.stages
     for i in range(contexts.size):
         context = contexts[i]
-        least = iteration_ps(cost, 0, 1, 0, 0, recompute_ps[context], 1, True)
+        least = 0
+        for stage in range(stages.size):
+            send_ps = cost.send_ps[1] if stage > 0 else 0
+            kind = stages[stage]
+            again_ps = recompute_ps[kind, context]
+            least += iteration_ps(cost, kind, 1, 0, 0, again_ps, 1, True) + send_ps
         for batch in range(1, seqs + 1):
-            time_ps = iteration_ps(cost, 0, batch, batch, context + batch - 1, 0, 1, False)
+            time_ps = 0
+            for stage in range(stages.size):
+                held = context + batch - 1
+                if stage > 0:
+                    time_ps += cost.send_ps[batch]
+                time_ps += iteration_ps(cost, stages[stage], batch, batch, held, 0, 1, False)
             least = min(least, time_ps)
         floors_ps[i] = least
 
@@ -109,40 +124,65 @@ class CostFloors:
 
     @classmethod
     def of(cls, cost: IterationCost, budget_tokens: int, seqs: int) -> CostFloors:
-        """Derive the floors of ``cost`` for a budget and a number of seats."""
-        longest = cost.max_context
+        """Derive the floors of ``cost`` for a budget and a number of seats.
+
+        Every chunk of a prompt passes through each pipeline stage in turn. At one of them the
+        chunks follow one another; before it the first chunk and after it the last one has passed
+        all others.
+        """
         budget = min(budget_tokens, cost.max_tokens)
-        mixed_ps, prefill_ps = cost.mixed_ps[0, : budget + 1], cost.prefill_ps[0]
-        tokens = np.arange(1, budget + 1)
-        per_token_ps = mixed_ps[1:] / tokens
-        cheapest = int(np.argmin(per_token_ps)) + 1
-        least_per_token_ps = float(per_token_ps[cheapest - 1])
-        each_ps = int(decode_attention_ps(cost, 0, 0, 0) + cost.host_ps[0])
-        lengths = np.arange(longest + 1)
-
-        # One chunk costs its own time. k chunks of together l tokens cost at least k times the
-        # hull at l / k, and beyond its cheapest point at least its cheapest rate.
-        corners = np.zeros(budget, np.int64)
-        used = _lower_hull(mixed_ps, corners)
-        corners = corners[:used]
-        chunks = np.maximum(2, -(-lengths // budget))
-        share = lengths / chunks
-        hull_ps = np.interp(share, corners, mixed_ps[corners])
-        hull_ps = np.where(share > cheapest, least_per_token_ps * share, hull_ps)
-        split_ps = chunks * (hull_ps + each_ps)
-        whole_ps = np.full(longest + 1, np.inf)
-        fits = min(budget, longest)
-        whole_ps[: fits + 1] = mixed_ps[: fits + 1] + each_ps
-        prompt_ps = _down(np.minimum(whole_ps, split_ps)) + prefill_ps + cost.sampled_ps[0, 1]
-
-        work_ps = _down((least_per_token_ps + each_ps / budget) * lengths) + prefill_ps
-        return cls(budget, prompt_ps, work_ps, _decode_sums_ps(cost, seqs, longest))
+        passes_ps = [_least_pass_ps(cost, int(kind)) for kind in cost.stages]
+        prompt_ps, work_ps = np.zeros((2, cost.max_context + 1), np.int64)
+        for stage, kind in enumerate(cost.stages):
+            own_ps, share_ps = _prompt_floors(cost, int(kind), budget)
+            others_ps = sum(passes_ps) - passes_ps[stage]
+            if len(cost.stages) > 1:
+                others_ps += (len(cost.stages) - 1) * int(cost.send_ps[1])
+            prompt_ps = np.maximum(prompt_ps, own_ps + others_ps)
+            work_ps = np.maximum(work_ps, share_ps)
+        sums_ps = _decode_sums_ps(cost, seqs, cost.max_context)
+        return cls(budget, prompt_ps, work_ps, sums_ps)
 
     @classmethod
     def none(cls, cost: IterationCost) -> CostFloors:
         """Floors that say nothing: for what the facts above do not cover."""
         zeros = np.zeros(cost.max_context + 2, np.int64)
         return cls(cost.max_tokens, zeros[:-1], zeros[:-1], zeros)
+
+
+def _least_pass_ps(cost: IterationCost, kind: int) -> int:
+    """Least time that an iteration with a prompt token takes on one stage."""
+    return int(iteration_ps(cost, kind, 1, 0, 0, 0, 0, True))
+
+
+def _prompt_floors(cost: IterationCost, kind: int, budget: int) -> tuple[Ints, Ints]:
+    """``prompt_ps`` and ``prompt_work_ps`` of one pipeline stage; see :class:`CostFloors`."""
+    longest = cost.max_context
+    mixed_ps, prefill_ps = cost.mixed_ps[kind, : budget + 1], cost.prefill_ps[kind]
+    tokens = np.arange(1, budget + 1)
+    per_token_ps = mixed_ps[1:] / tokens
+    cheapest = int(np.argmin(per_token_ps)) + 1
+    least_per_token_ps = float(per_token_ps[cheapest - 1])
+    each_ps = int(decode_attention_ps(cost, kind, 0, 0) + cost.host_ps[kind])
+    lengths = np.arange(longest + 1)
+
+    # One chunk costs its own time. k chunks of together l tokens cost at least k times the
+    # hull at l / k, and beyond its cheapest point at least its cheapest rate.
+    corners = np.zeros(budget, np.int64)
+    used = _lower_hull(mixed_ps, corners)
+    corners = corners[:used]
+    chunks = np.maximum(2, -(-lengths // budget))
+    share = lengths / chunks
+    hull_ps = np.interp(share, corners, mixed_ps[corners])
+    hull_ps = np.where(share > cheapest, least_per_token_ps * share, hull_ps)
+    split_ps = chunks * (hull_ps + each_ps)
+    whole_ps = np.full(longest + 1, np.inf)
+    fits = min(budget, longest)
+    whole_ps[: fits + 1] = mixed_ps[: fits + 1] + each_ps
+    prompt_ps = _down(np.minimum(whole_ps, split_ps)) + prefill_ps + cost.sampled_ps[kind, 1]
+
+    work_ps = _down((least_per_token_ps + each_ps / budget) * lengths) + prefill_ps
+    return prompt_ps, work_ps
 
 
 def _down(bound_ps: npt.NDArray[np.floating[Any]]) -> Ints:
@@ -160,9 +200,10 @@ def _decode_sums_ps(cost: IterationCost, seqs: int, longest: int) -> Ints:
     # A recomputed chunk of one token counts as decode and leaves its share of prompt attention
     # unpaid, but takes an iteration of its own. Only where that iteration is not the dearer of the
     # two is the recomputation's attention left out of the bound.
+    # In a pipeline the chunks of a recomputed context overlap: only one pass counts.
     own_iteration_ps = cost.decode_ps[0, 1] + cost.attention_ps[0, 0, 0]
-    prefill_ps = cost.prefill_ps[0]
-    dearer = bool(np.diff(prefill_ps).max() <= own_iteration_ps)
+    prefill_ps = cost.prefill_ps
+    dearer = len(cost.stages) == 1 and bool(np.diff(prefill_ps[0]).max() <= own_iteration_ps)
     recompute_ps = prefill_ps if dearer else np.zeros_like(prefill_ps)
     _decode_floors(cost, contexts, recompute_ps, rows, floors_ps)
     held = floors_ps[np.searchsorted(contexts, np.arange(1, longest + 1), side="right") - 1]
@@ -182,6 +223,7 @@ def _from_state(
     request: Ints,
     time_ps: Ints,
     event_ps: Ints,
+    idle_ps: Ints,
     ingress_ps: int,
     prompt_ps: Ints,
     work_ps: Ints,
@@ -192,12 +234,13 @@ def _from_state(
 ) -> None:
     """Fill ``first_ps`` and ``last_ps`` with bounds from arrival to first and last token.
 
-    Whatever has happened counts exactly. Nothing else happens before the replica's next event;
-    prompts not yet computed follow one another in order of arrival (fact 2). ``done_ps``, (R,), is
-    scratch: when each replica can have computed the prompts seen so far.
+    Whatever has happened counts exactly. No batch ends before the replica's next event and none
+    starts before ``idle_ps``; prompts not yet computed follow one another in order of arrival
+    (fact 2). ``done_ps``, (R,), is scratch: when each replica can have computed the prompts seen
+    so far.
     """
     for r in range(done_ps.size):
-        done_ps[r] = 0 if event_ps[r] == NEVER_PS else event_ps[r]
+        done_ps[r] = 0 if idle_ps[r] == NEVER_PS else idle_ps[r]
     for i in range(request.shape[0]):
         r = request[i, REPLICA]
         prompt, output = request[i, PROMPT], request[i, OUTPUT]
@@ -221,9 +264,23 @@ def _from_state(
         done_ps[r] = max(done_ps[r], visible) + work_ps[prompt] - work_ps[computed]
         first_ps[i] = done_ps[r] - arrival
         if computed == 0:
-            start = max(event_ps[r], visible) if event_ps[r] != NEVER_PS else visible
+            start = max(idle_ps[r], visible) if idle_ps[r] != NEVER_PS else visible
             first_ps[i] = max(first_ps[i], start + prompt_ps[prompt] - arrival)
         last_ps[i] = first_ps[i] + decode_ps[prompt + output] - decode_ps[prompt + 1]
+
+
+def _idle_ps(run: Run) -> Ints:
+    """Before when each replica starts no further batch; shape (R,).
+
+    That is its next event, unless its pipeline has room: then a request that arrives may start
+    one at any time after the last start.
+    """
+    state = run.state
+    in_flight = state.replica[:, IN_FLIGHT]
+    has_room = (in_flight > 0) & (in_flight < run.rules.batches_in_flight)
+    newest = (state.replica[:, NEXT_SLOT] - 1) % run.rules.batches_in_flight
+    started = state.slot[np.arange(len(newest)), newest, STARTED]
+    return np.where(has_room, np.minimum(started, state.event_ps), state.event_ps)
 
 
 def run_bounds(run: Run, floors: CostFloors) -> Bounds:
@@ -242,6 +299,7 @@ def run_bounds(run: Run, floors: CostFloors) -> Bounds:
         state.request,
         state.time_ps,
         state.event_ps,
+        _idle_ps(run),
         run.limits.ingress_ps,
         floors.prompt_ps,
         floors.prompt_work_ps,

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from planner import __version__
+from planner.commands.calibrate import calibrate
+from planner.commands.compare import compare, explain
+from planner.commands.export import export
 from planner.commands.listing import list_names
+from planner.commands.lock import check, lock
+from planner.commands.scenario import init, schema
 from planner.commands.simulate import simulate
 from planner.commands.solve import solve
 from planner.errors import PlannerError
@@ -21,7 +26,15 @@ if TYPE_CHECKING:
 _COMMANDS: Final[Mapping[str, Callable[..., None]]] = {
     "solve": solve,
     "simulate": simulate,
+    "lock": lock,
+    "check": check,
+    "calibrate": calibrate,
+    "explain": explain,
+    "compare": compare,
+    "export": export,
     "list": list_names,
+    "init": init,
+    "schema": schema,
 }
 """Every command, in the order in which the help shows them: register a new one here."""
 

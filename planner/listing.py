@@ -1,16 +1,17 @@
-"""What a scenario may name: devices, models, engine versions, networks."""
+"""What a scenario may name: devices, models, engines, networks; and what was measured."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from planner.io.data_file import read_json
 from planner.io.devices import device_names, device_warnings, load_device, measured_device
 from planner.io.engines import engine_versions, load_engine
 from planner.io.hf_config import read_model
 from planner.io.interconnects import interconnect_names, load_interconnect
 from planner.io.models import catalogue
-from planner.io.profiles import available_kernel_tables
+from planner.io.profiles import available_kernel_tables, kernel_table_digest
 from simulator.rules import POLICIES
 from simulator.units import GIB
 from simulator.weights import active_parameter_count, parameter_count
@@ -25,6 +26,7 @@ _GIGA: Final = 1e9
 _TERA: Final = 1e12
 _GBIT_PER_BYTE_PER_S: Final = 8e-9
 _US_PER_S: Final = 1e6
+_DIGEST_CHARS: Final = 12
 
 
 def devices() -> list[Row]:
@@ -91,6 +93,26 @@ def engines() -> list[Row]:
     return rows
 
 
+def kernels() -> list[Row]:
+    """Every table of measured kernel times: operators, measurements, where they come from."""
+    rows: list[Row] = []
+    for device, engine, version in available_kernel_tables():
+        about = read_json(f"kernels/{device}", f"{engine}-{version}.json")
+        source = about["source"]
+        rows.append(
+            {
+                "device": device,
+                "engine": engine,
+                "version": version,
+                "families": len(about["versions"]),
+                "measurements": sum(table["rows"] for table in about["tables"]),
+                "source": [source["package"], source["version"], source["licence"]],
+                "sha256": kernel_table_digest(device, engine, version)[:_DIGEST_CHARS],
+            }
+        )
+    return rows
+
+
 def interconnects() -> list[Row]:
     """Every network between machines."""
     rows: list[Row] = []
@@ -112,6 +134,7 @@ KINDS: Final[Mapping[str, Callable[[], list[Row]]]] = {
     "devices": devices,
     "models": models,
     "engines": engines,
+    "kernels": kernels,
     "interconnects": interconnects,
 }
 """What can be listed."""

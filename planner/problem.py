@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from simulator.kv_layout import KvLayout, kv_layout
-from simulator.memory import MemoryBudget, memory_budget
+from simulator.memory import MemoryBudget, memory_budgets, tightest
 from simulator.run import Run
 from simulator.state import Limits
 from simulator.timing import in_ps
@@ -79,7 +79,7 @@ class Problem:
     default_limits
         The engine's own batching limits on this device.
     rules
-        The engine's batching rules, as they are simulated.
+        The engine's batching rules without pipeline stages, as they are simulated.
     uses_prefix_cache
         Whether the server is started with its prefix cache, also where it is not simulated.
     compiler
@@ -119,6 +119,9 @@ class Problem:
     goodput_limits_s: Mapping[str, float]
     provenance: Mapping[str, object]
     warnings: tuple[str, ...]
+    _budgets: dict[tuple[Shape, BatchingLimits], tuple[MemoryBudget, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def longest_prefill(self) -> int:
@@ -138,9 +141,17 @@ class Problem:
             return nodes * (self.devices_per_node // shape.devices)
         return nodes // -(-shape.devices // self.devices_per_node)
 
+    def stages_memory(self, shape: Shape, limits: BatchingLimits) -> tuple[MemoryBudget, ...]:
+        """Memory of one rank of each pipeline stage."""
+        key = shape, limits
+        if key not in self._budgets:
+            rules = self.memory_rules
+            self._budgets[key] = memory_budgets(self.model, self.device, shape, limits, rules)
+        return self._budgets[key]
+
     def memory(self, shape: Shape, limits: BatchingLimits) -> MemoryBudget:
-        """Memory of one rank of a replica."""
-        return memory_budget(self.model, self.device, shape, limits, self.memory_rules)
+        """Memory of one rank of a replica's tightest pipeline stage."""
+        return tightest(self.stages_memory(shape, limits))
 
     def blocks(self, shape: Shape, limits: BatchingLimits) -> int:
         """KV blocks that a replica's scheduler can hand out."""
@@ -167,10 +178,13 @@ class Problem:
         return pages * self.max_model_len // layout.pages(self.max_model_len)
 
     def needed_bytes(self, shape: Shape, limits: BatchingLimits) -> int:
-        """Bytes per rank of weights, activations, overhead and the KV of one full request."""
-        budget = self.memory(shape, limits)
+        """Bytes of weights, activations, overhead and the KV of one full request on one rank.
+
+        Of the pipeline stage that needs most.
+        """
         pages = self.full_request_blocks(shape) + self.memory_rules.null_blocks
-        return budget.fixed_bytes + pages * budget.block_bytes
+        stages = self.stages_memory(shape, limits)
+        return max(stage.fixed_bytes + pages * stage.block_bytes for stage in stages)
 
     def replica_limits(self, plan: Plan) -> Limits:
         """Limits of one replica of ``plan`` as the simulator takes them."""
@@ -195,9 +209,16 @@ class Problem:
             plan.replicas,
             self.replica_limits(plan),
             cost,
-            self.rules,
+            self.rules_of(plan.shape),
             record_gaps=record_gaps,
         )
+
+    def rules_of(self, shape: Shape) -> Rules:
+        """The engine's batching rules on a replica of ``shape``."""
+        if shape.pp == 1:
+            return self.rules
+        late = self.rules.late_results and self.engine.overlaps_with_pipeline
+        return self.rules._replace(batches_in_flight=shape.pp, late_results=late)
 
     def plan_text(self, plan: Plan) -> str:
         """Canonical text of ``plan`` under this engine's defaults."""

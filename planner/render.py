@@ -40,7 +40,7 @@ def render_solve(report: PlanReport, to: Console) -> None:
         to.print(_search(report))
     else:
         to.print(_plan(report.plan))
-        to.print(_behaviour(report.metrics))
+        to.print(_behaviour(report.metrics, report.metrics_interval))
         to.print(_kernel_times(report.provenance))
         to.print(_alternatives(report))
         to.print(_search(report))
@@ -52,7 +52,7 @@ def render_simulation(report: SimulationReport, to: Console) -> None:
     """Draw the answer of a simulation."""
     to.print(Text.assemble("simulated ", (report.plan.id, "bold cyan")))
     to.print(_plan(report.plan))
-    to.print(_behaviour(report.metrics))
+    to.print(_behaviour(report.metrics, report.metrics_interval))
     to.print(_kernel_times(report.provenance))
     if report.breaks:
         to.print(Text(f"breaks {', '.join(report.breaks)}", style="red"))
@@ -81,12 +81,12 @@ def _headline(report: PlanReport) -> RenderableType:
     line.append("  deploy ")
     line.append(report.plan.id, style="bold cyan")
     line.append(f"  {objective.sense} {objective.name}: ")
-    value = f"{objective.value:.0f}" if objective.unit == "devices" else _number(objective.value)
+    value = f"{objective.value:.0f}" if objective.unit == "devices" else number(objective.value)
     line.append(f"{value} {objective.unit}", style="bold")
     if report.status == "optimal":
         line.append("  (proved: no other plan in the space is better)")
     elif report.bound is not None and report.gap is not None:
-        line.append(f"  (no plan beats {_number(report.bound)}; gap {100 * report.gap:.1f} %)")
+        line.append(f"  (no plan beats {number(report.bound)}; gap {100 * report.gap:.1f} %)")
     return Panel(line)
 
 
@@ -115,15 +115,20 @@ def _plan(plan: PlanSummary) -> RenderableType:
     return table
 
 
-def _behaviour(metrics: Mapping[str, float]) -> RenderableType:
+def _behaviour(
+    metrics: Mapping[str, float], intervals: Mapping[str, Mapping[str, float]]
+) -> RenderableType:
     table = Table(title="behaviour", title_justify="left", box=None, pad_edge=False)
     statistics = ("mean", "p50", "p90", "p95", "p99")
     table.add_column("ms")
     for statistic in statistics:
         table.add_column(statistic, justify="right")
+    table.add_column("90 % interval of the mean", justify="right")
     for metric, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E")):
         if f"mean_{metric}_ms" in metrics:
-            table.add_row(label, *(_number(metrics[f"{s}_{metric}_ms"]) for s in statistics))
+            around = _interval(intervals.get(f"mean_{metric}_ms"))
+            cells = (number(metrics[f"{s}_{metric}_ms"]) for s in statistics)
+            table.add_row(label, *cells, around)
     facts = (
         f"{metrics['request_throughput']:.2f} requests/s, "
         f"{metrics['output_throughput']:.0f} output tokens/s"
@@ -147,6 +152,10 @@ def _behaviour(metrics: Mapping[str, float]) -> RenderableType:
     return Group(*lines)
 
 
+def _interval(around: Mapping[str, float] | None) -> str:
+    return f"{number(around['low'])} to {number(around['high'])}" if around else ""
+
+
 def _kernel_times(provenance: Mapping[str, Any]) -> RenderableType:
     """How much of the kernel time rests on what."""
     shares = provenance["kernel_time_share"].items()
@@ -166,7 +175,7 @@ def _alternatives(report: PlanReport) -> RenderableType:
     for row in report.alternatives:
         broken = f"breaks {', '.join(row.breaks)}" if row.breaks else ""
         loss = "" if row.breaks else f"{row.loss_pct:.1f} %"
-        cells = [str(row.devices), _number(row.value)] if unit != "devices" else [str(row.devices)]
+        cells = [str(row.devices), number(row.value)] if unit != "devices" else [str(row.devices)]
         table.add_row(row.id, *cells, loss, broken)
     return table
 
@@ -216,7 +225,7 @@ def _warnings(warnings: tuple[str, ...], to: Console) -> None:
         to.print(Text(f"note: {warning}", style="yellow"))
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three to four significant digits, thousands separated."""
     if value >= 1000:
         return f"{value:,.0f}"

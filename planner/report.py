@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from planner.export.flags import launch_commands
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from planner.problem import Problem
+    from planner.uncertainty import TooClose
     from simulator.plan import Plan
     from simulator.run import RunResult
 
@@ -164,6 +165,10 @@ class PlanReport:
         How it was found, from what data, and what to know about it.
     infeasible
         ``reason`` and ``relaxation`` where infeasible.
+    metrics_interval
+        90 % interval of each metric whose error was measured (`planner.uncertainty`).
+    too_close
+        The runner-up, where predictions cannot tell it from the plan.
     deterministic
         False only where a time limit or Ctrl-C stopped the search.
     """
@@ -179,6 +184,8 @@ class PlanReport:
     provenance: Mapping[str, object]
     warnings: tuple[str, ...]
     infeasible: Mapping[str, str] | None = None
+    metrics_interval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    too_close: TooClose | None = None
     deterministic: bool = True
     schema_version: int = SCHEMA_VERSION
 
@@ -203,6 +210,7 @@ class SimulationReport:
     breaks: tuple[str, ...]
     provenance: Mapping[str, object]
     warnings: tuple[str, ...]
+    metrics_interval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     status: str = "simulated"
     schema_version: int = SCHEMA_VERSION
 

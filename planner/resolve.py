@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from planner import __version__
 from planner.errors import InputError
+from planner.io.calibration import read_calibration
 from planner.io.devices import (
     DEVICES_FILE,
     device_warnings,
@@ -17,6 +18,7 @@ from planner.io.devices import (
 from planner.io.engines import load_engine
 from planner.io.hf_config import read_model
 from planner.io.profiles import kernel_table_digest
+from planner.layouts import expert_groups_offered
 from planner.objective import Constraint, Objective
 from planner.problem import Problem, SearchLimits, SearchSpace
 from planner.requests import digest_of, requests_of
@@ -26,12 +28,13 @@ from simulator.engine_rules import HostConstants
 from simulator.kv_layout import kv_layout
 from simulator.plan import BatchingLimits, Shape
 from simulator.precision import PRECISIONS
-from simulator.rules import VLLM_V1
+from simulator.rules import ROUTERS, VLLM_V1
 from simulator.units import MS_PER_S
 from simulator.weights import layer_weights
 
 if TYPE_CHECKING:
     from planner.engine_settings import EngineSettings
+    from planner.layouts import Layouts
     from planner.scenario import Scenario
     from planner.scenario_sections import PoolSpec
     from simulator.device import Device
@@ -79,6 +82,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
     )
     settings = spec.settings
     rules = engine.rules(max_model_len, settings)
+    rules = rules._replace(router=ROUTERS.index(scenario.cluster.router))
     defaults = engine.default_limits(device, max_model_len, settings)
     limits = BatchingLimits(
         settings.max_num_seqs or defaults.max_num_seqs,
@@ -92,7 +96,8 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
             value=limits.max_num_batched_tokens,
             rule=f"must be at least max_model_len ({max_model_len}) where prompts are not cut",
         )
-    space = _space(scenario, limits.max_num_batched_tokens if whole_prompts else 1)
+    least_tokens = limits.max_num_batched_tokens if whole_prompts else 1
+    space = _space(scenario, model, engine.layouts, least_tokens)
     memory = engine.memory_rules(device, settings)
     uses_prefix_cache = rules.prefix_caching
     shared = memory.block_tokens if rules.prefix_caching and rules.policy == VLLM_V1 else 0
@@ -104,11 +109,25 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
     notes = engine.precision_notes
     warnings.extend(notes[dtype] for dtype in sorted(_precisions(model) & notes.keys()))
     price = device.price_per_hour if pool.price_per_hour is None else pool.price_per_hour
+    calibration_digest = None
     if host is not None:
         warnings.append("host constants are the caller's, not the engine version's")
     elif spec.calibration == "none":
         host = HostConstants()
         warnings.append("engine.calibration is none: kernel tables alone, without host time")
+    elif spec.calibration is not None:
+        loaded = read_calibration(
+            scenario.find(spec.calibration), source=spec.calibration, engine=engine.name
+        )
+        host, calibration_digest = loaded.calibration.host, loaded.sha256
+        warnings.extend(
+            loaded.warnings_for(
+                engine=engine.name,
+                version=engine.version,
+                device=device.name,
+                model=scenario.model.config,
+            )
+        )
     else:
         host = engine.host
         warnings.extend(engine.host_warnings)
@@ -120,6 +139,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         host,
         engine.graphs_on(device),
         fabric=fabric,
+        spare_layers=engine.spare_layers,
         nccl_all_reduce_from_bytes=engine.nccl_all_reduce_from_bytes,
         # SGLang's budget counts prompts only, so its decode batches may be larger.
         max_tokens=max(*space.max_num_batched_tokens, defaults.max_num_batched_tokens, max_seqs),
@@ -166,6 +186,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
                 "name": engine.name,
                 "version": engine.version,
                 "host": dataclasses.asdict(host),
+                **({"calibration": calibration_digest} if calibration_digest else {}),
             },
         },
         warnings=tuple(warnings),
@@ -245,18 +266,47 @@ def _max_model_len(scenario: Scenario, model: ModelShape) -> int:
     return asked or model.max_position_embeddings
 
 
-def _space(scenario: Scenario, least_tokens: int) -> SearchSpace:
+def _space(
+    scenario: Scenario, model: ModelShape, layouts: Layouts, least_tokens: int
+) -> SearchSpace:
     """Values to choose from; token budgets below ``least_tokens`` would not start."""
     pool, spec = scenario.cluster.pools[0], scenario.search.space
     settings = scenario.engine.settings
     pinned_seqs, pinned_tokens = settings.max_num_seqs, settings.max_num_batched_tokens
     tokens = tuple(n for n in spec.max_num_batched_tokens if n >= least_tokens) or (least_tokens,)
     return SearchSpace(
-        shapes=tuple(Shape(tp) for tp in spec.tp or _widths(pool)),
+        shapes=_shapes(scenario, model, layouts),
         replicas=spec.replicas or tuple(range(1, pool.num_devices + 1)),
         max_num_seqs=(pinned_seqs,) if pinned_seqs else spec.max_num_seqs,
         max_num_batched_tokens=(pinned_tokens,) if pinned_tokens else tokens,
     )
+
+
+def _shapes(scenario: Scenario, model: ModelShape, layouts: Layouts) -> tuple[Shape, ...]:
+    """Every shape of the grid that the pool has devices for, whatever else forbids it.
+
+    Raises
+    ------
+    InputError
+        If no asked-for number of expert groups divides the devices of any stage.
+
+    """
+    pool, spec = scenario.cluster.pools[0], scenario.search.space
+    stages = spec.pp or tuple(2**i for i in range(pool.num_devices.bit_length()))
+    shapes = []
+    for pp in stages:
+        for tp in spec.tp or _widths(pool):
+            for dp in spec.dp or (1,):
+                groups = spec.ep or expert_groups_offered(layouts, model, tp * dp)
+                shapes += [Shape(tp, pp, dp, ep) for ep in groups if tp * dp % ep == 0]
+    if spec.ep and not shapes:
+        raise InputError(
+            source=scenario.source,
+            field="search.space.ep",
+            value=list(spec.ep),
+            rule="must divide tp * dp, the devices of a pipeline stage, for some tp and dp",
+        )
+    return tuple(s for s in shapes if s.pp == s.dp == 1 or s.devices <= pool.num_devices)
 
 
 def _widths(pool: PoolSpec) -> tuple[int, ...]:

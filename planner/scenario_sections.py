@@ -65,6 +65,12 @@ def _check_values(values: tuple[int, ...]) -> tuple[int, ...]:
 Values = Annotated[tuple[Count, ...], AfterValidator(_check_values)]
 
 
+def _check_calibration(value: str) -> str:
+    if value != "none" and not value.endswith((".json", ".yaml", ".yml")):
+        refuse("must be 'none' or the path of a calibration file (.json, .yaml)")
+    return value
+
+
 class Section(BaseModel):
     """A part of the scenario: immutable, and closed to fields that it does not know."""
 
@@ -127,6 +133,8 @@ class ClusterSpec(Section):
 
     pools: Annotated[tuple[PoolSpec, ...], AfterValidator(_check_pools)]
     """Pools of devices; exactly one in this version."""
+    router: Literal["round_robin", "least_loaded", "shortest_queue", "prefix_aware"] = "round_robin"
+    """How requests are spread over replicas."""
 
 
 _FIRST_ENGINE_FIELDS: Final = (
@@ -200,8 +208,9 @@ class EngineSpec(Section):
     async_scheduling: Flag | None = None
     """Whether a batch is formed while its predecessor runs (vLLM: async scheduling; SGLang and
     TensorRT-LLM: overlap scheduler); ``None``: the version's default."""
-    calibration: Literal["none"] | None = None
-    """``none`` switches the fitted host terms off: kernel tables alone."""
+    calibration: Annotated[str, AfterValidator(_check_calibration)] | None = None
+    """Path of a file that ``planner calibrate`` wrote; ``none`` switches the fitted host terms
+    off: kernel tables alone."""
 
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -340,6 +349,13 @@ class SpaceSpec(Section):
 
     tp: Values | None = None
     """Tensor-parallel sizes; ``None``: every size that the engine and the model allow."""
+    pp: Values | None = None
+    """Pipeline stages; ``None``: powers of two up to the devices."""
+    dp: Values | None = None
+    """Attention data-parallel groups inside a replica; ``None``: one."""
+    ep: Values | None = None
+    """Groups that experts are spread over; ``None``: one and, with a mixture of experts, as many
+    as a stage has devices where the engine launches that."""
     replicas: Values | None = None
     """Replica counts; ``None``: every count that the devices allow."""
     max_num_seqs: Values = (16, 32, 64, 128, 256, 512, 1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from planner.layouts import LAYOUT_RULES, broken_layout
 from simulator.model import Attention, Experts, GatedDeltaNet, LatentAttention, Mamba2
 from simulator.plan import BatchingLimits, Plan, Shape
 from simulator.precision import FP8_BLOCK
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from planner.problem import Problem
     from simulator.model import Layer, ModelShape
 
-LAYOUT = "pipeline stages, attention data parallel and expert parallel are not simulated yet"
+LOCKSTEP = "attention data parallel is not simulated yet: its groups schedule in lockstep"
+STAGES = "more pipeline stages than layers, or layers that are not the model's"
+MIXED_STAGES = "pipeline stages of layers with caches of several kinds are not simulated"
 HEADS = "attention heads do not divide by tp"
-FFN = "MLP or expert width does not divide by tp"
+FFN = "MLP or expert width does not divide by the devices that it is cut over"
 KV_HEADS = "KV heads neither divide by tp nor are divided by it"
 RECURRENT = "linear-attention or state-space heads do not divide by tp"
 QUANT_BLOCKS = "MLP or expert width per rank is no multiple of the weights' quantisation block"
@@ -32,7 +35,10 @@ WEIGHTS = "weights, activations and overhead exceed device memory"
 KV_CACHE = "KV cache cannot hold one request of max_model_len"
 
 RULES = (
-    LAYOUT,
+    *LAYOUT_RULES,
+    LOCKSTEP,
+    STAGES,
+    MIXED_STAGES,
     HEADS,
     FFN,
     KV_HEADS,
@@ -77,8 +83,16 @@ def _launch_rule(
     problem: Problem, shape: Shape, limits: BatchingLimits, *, on_any_node: bool = False
 ) -> str | None:
     """The first rule of the engine that such a replica breaks whatever the memory."""
-    if shape != Shape(shape.tp):
-        return LAYOUT
+    layout_rule = broken_layout(problem.engine.layouts, problem.model, shape)
+    if layout_rule is not None:
+        return layout_rule
+    if shape.dp > 1:
+        return LOCKSTEP
+    if not _stages_hold(problem, shape):
+        return STAGES
+    layout = problem.layout(shape)
+    if shape.pp > 1 and (layout.windowed or layout.fixed):
+        return MIXED_STAGES
     for rule in (HEADS, FFN, KV_HEADS, RECURRENT, QUANT_BLOCKS):
         if _offender(problem.model, shape, rule) is not None:
             return rule
@@ -100,11 +114,17 @@ def _launch_rule(
     return None
 
 
+def _stages_hold(problem: Problem, shape: Shape) -> bool:
+    """Whether every pipeline stage gets a layer, and named layers are all of the model's."""
+    layers = problem.model.num_layers
+    return shape.pp <= layers and (not shape.layers or sum(shape.layers) == layers)
+
+
 def _offender(model: ModelShape, shape: Shape, rule: str) -> int | None:
     """The first size in the model that breaks ``rule`` in shape ``shape``, or ``None``."""
     for layer in model.layer_counts:
         sizes = (
-            _ffn_sizes(layer, shape.tp, rule)
+            _ffn_sizes(layer, shape, rule)
             if rule in (FFN, QUANT_BLOCKS)
             else _mixer_sizes(layer, shape.tp, rule)
         )
@@ -130,19 +150,20 @@ def _mixer_sizes(layer: Layer, tp: int, rule: str) -> Iterator[tuple[int, bool]]
         yield mixer.num_groups, mixer.num_groups % tp != 0 and mixer.num_groups != 1
 
 
-def _ffn_sizes(layer: Layer, tp: int, rule: str) -> Iterator[tuple[int, bool]]:
+def _ffn_sizes(layer: Layer, shape: Shape, rule: str) -> Iterator[tuple[int, bool]]:
     """Widths of the layer's dense networks and experts, and whether each breaks ``rule``."""
     ffn = layer.ffn
     if ffn is None:
         return
-    widths = [(ffn.intermediate_size, ffn.dtype)]
+    cut = shape.moe_tp if isinstance(ffn, Experts) else shape.tp
+    widths = [(ffn.intermediate_size, ffn.dtype, cut)]
     if isinstance(ffn, Experts) and ffn.shared_intermediate_size:
-        widths.append((ffn.shared_intermediate_size, ffn.shared_dtype))
-    for width, dtype in widths:
+        widths.append((ffn.shared_intermediate_size, ffn.shared_dtype, shape.tp))
+    for width, dtype, ranks in widths:
         if rule == FFN:
-            yield width, width % tp != 0
+            yield width, width % ranks != 0
         else:
-            yield width, dtype == "fp8_block" and width // tp % FP8_BLOCK != 0
+            yield width, dtype == "fp8_block" and width // ranks % FP8_BLOCK != 0
 
 
 def _nodes_join(problem: Problem, shape: Shape) -> bool:
@@ -217,7 +238,9 @@ def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
         tokens = plan.limits.max_num_batched_tokens
         return f"{tokens} tokens are below the longest prompt, {longest}, and prompts are not cut"
     offender = _offender(problem.model, plan.shape, rule)
-    return f"tp is {plan.shape.tp}" + (f"; the model has {offender}" if offender else "")
+    shape = plan.shape
+    spread = f"tp is {shape.tp}" if shape.width == shape.moe_tp else f"the shape is {shape.text}"
+    return spread + (f"; the model has {offender}" if offender else "")
 
 
 def enumerate_space(problem: Problem) -> Space:

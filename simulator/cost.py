@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from simulator.collectives import all_reduce_s, nccl_s
-from simulator.gemm import gemm_s
+from simulator.collectives import nccl_s, send_s
 from simulator.interpolate import Provenance
-from simulator.model import Layer
-from simulator.ops import all_reduces, head_gemm, sampler_bytes_per_sequence
-from simulator.parts import Axis, Part, Sizes, layer_parts
-from simulator.plan import BatchingLimits, Shape
-from simulator.timing import one_stage
-from simulator.units import DTYPE_BYTES
+from simulator.parts import Axis, Part, Sizes
+from simulator.plan import BatchingLimits
+from simulator.stage_cost import Kernels, StageCost
+from simulator.stages import stages_of_replica
+from simulator.timing import stages_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +26,14 @@ if TYPE_CHECKING:
     from simulator.fabric import Fabric
     from simulator.interpolate import FloatArray
     from simulator.model import ModelShape
+    from simulator.plan import Shape
+    from simulator.stages import SpareLayers
     from simulator.table import KernelTable
     from simulator.timing import IterationCost
+
+_SENT_STREAMS: Final = 2
+"""Tensors that one stage sends to the next: hidden states and residual (vLLM, models/llama.py,
+``IntermediateTensors``)."""
 
 _KNOTS_PER_OCTAVE = 2
 """Knots of mean context per factor of two. The tables have one; the extra knot keeps the
@@ -78,6 +81,8 @@ class CostCompiler:
         Links between devices; ``None`` where no replica leaves the measured widths.
     nccl_all_reduce_from_bytes
         By ``tp``, the message size from which NCCL reduces instead of the engine's own kernel.
+    spare_layers
+        Where layers go that do not divide by the pipeline stages.
     max_tokens, max_seqs, max_context
         Largest token budget, sequence count and context that any plan will ask for.
 
@@ -93,29 +98,24 @@ class CostCompiler:
         *,
         fabric: Fabric | None = None,
         nccl_all_reduce_from_bytes: Mapping[int, int] = MappingProxyType({}),
+        spare_layers: SpareLayers = "before_last",
         max_tokens: int,
         max_seqs: int,
         max_context: int,
     ) -> None:
         self._model = model
-        self._device = device
-        self._table = table
-        self._host = host
-        self._graphs = graphs
-        self._fabric = fabric
-        self._nccl_from_bytes = nccl_all_reduce_from_bytes
         self._sizes = Sizes(
             tokens=np.arange(max_tokens + 1),
             sequences=np.arange(1, max_seqs + 1),
             contexts=_context_knots(max_context),
             lengths=np.arange(max_context + 1),
         )
+        self._kernels = Kernels(
+            device, table, host, graphs, fabric, nccl_all_reduce_from_bytes, self._sizes
+        )
+        self._spare_layers = spare_layers
         self._costs: dict[tuple[Shape, BatchingLimits], IterationCost] = {}
-        self._linear: dict[
-            tuple[int, tuple[int, ...], tuple[int, ...]], tuple[FloatArray, FloatArray]
-        ] = {}
-        self._parts: dict[int, tuple[Part, ...]] = {}
-        self._sums: dict[tuple[int, Axis], FloatArray] = {}
+        self._pipelines: dict[Shape, tuple[tuple[StageCost, ...], tuple[int, ...]]] = {}
 
     @property
     def max_limits(self) -> BatchingLimits:
@@ -125,7 +125,7 @@ class CostCompiler:
     @property
     def is_estimated(self) -> bool:
         """Whether the kernel times are scaled from another device's."""
-        return bool(self._table.estimated_from)
+        return bool(self._kernels.table.estimated_from)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -133,38 +133,70 @@ class CostCompiler:
 
         Those measured, and where the devices are joined the powers of two beyond them.
         """
-        domain = self._device.scaleup_domain
-        measured = {gpus for _, gpus in self._table.all_reduce if gpus <= domain}
-        reach = self._fabric.devices if self._fabric else 1
+        domain = self._kernels.device.scaleup_domain
+        measured = {gpus for _, gpus in self._kernels.table.all_reduce if gpus <= domain}
+        reach = self._kernels.fabric.devices if self._kernels.fabric else 1
         beyond = {2**i for i in range(reach.bit_length()) if max(measured, default=1) < 2**i}
         return tuple(sorted({1, *measured, *(width for width in beyond if width <= reach)}))
 
     def compile(self, shape: Shape, limits: BatchingLimits) -> IterationCost:
-        """Cost of a replica of that shape under ``limits``; its arrays are views of shared ones."""
+        """Cost of a replica of that shape under ``limits``; its arrays are views of shared ones.
+
+        Raises
+        ------
+        ValueError
+            If the model's layers cannot be dealt out to the shape's stages.
+
+        """
         if (shape, limits) not in self._costs:
-            self._costs[shape, limits] = self._compile(shape.tp, limits)
+            kinds, stages = self._pipeline(shape)
+            costs = [kind.cost(limits) for kind in kinds]
+            if shape.pp == 1:
+                self._costs[shape, limits] = costs[0]
+            else:
+                tokens = costs[0].max_tokens
+                send_s = self._send_s(shape)[: tokens + 1]
+                self._costs[shape, limits] = stages_of(costs, stages, send_s)
         return self._costs[shape, limits]
 
-    def _compile(self, tp: int, limits: BatchingLimits) -> IterationCost:
-        # SGLang's budget counts prompts only: a decode batch may be larger.
-        tokens = max(limits.max_num_batched_tokens, limits.max_num_seqs)
-        graphs = self._graphs
-        decode, mixed = self._linear_s(
-            tp, graphs.captured(limits, tp), graphs.captured_with_prompts(limits, tp)
-        )
-        floor = self._host.eager_layer_s * self._model.num_layers
-        seqs = min(limits.max_num_seqs, len(self._sizes.sequences))
-        return one_stage(
-            decode_s=decode[: tokens + 1],
-            mixed_s=mixed[: tokens + 1],
-            sampled_s=self._sum(tp, Axis.SAMPLED)[: seqs + 1],
-            attention_s=self._sum(tp, Axis.DECODES)[: seqs + 1],
-            context_knots=self._sizes.contexts,
-            prefill_s=self._sum(tp, Axis.PROMPT),
-            decode_floor_s=0.0 if graphs.full_decode else floor,
-            mixed_floor_s=floor,
-            iteration_host_s=self._host.iteration_s,
-        )
+    def _pipeline(self, shape: Shape) -> tuple[tuple[StageCost, ...], tuple[int, ...]]:
+        """The distinct stages of a replica, and which of them each of its stages is."""
+        if shape not in self._pipelines:
+            kinds: dict[object, int] = {}
+            costs: list[StageCost] = []
+            stages = []
+            spread = replace(shape, pp=1, layers=())
+            for stage in stages_of_replica(self._model, shape, self._spare_layers):
+                alike = frozenset(stage.model.layer_counts.items()), stage.is_last
+                if alike not in kinds:
+                    kinds[alike] = len(costs)
+                    costs.append(StageCost(self._kernels, stage, spread))
+                stages.append(kinds[alike])
+            self._pipelines[shape] = tuple(costs), tuple(stages)
+        return self._pipelines[shape]
+
+    def _send_s(self, shape: Shape) -> FloatArray:
+        """From one stage to the next, by tokens, seconds.
+
+        vLLM sends hidden states and residual, each rank its share, and the receivers gather them
+        (v1/worker/gpu_worker.py, ``execute_model``; distributed/parallel_state.py,
+        ``send_tensor_dict``). Where one boundary crosses machines, all count as if they did.
+        """
+        kernels = self._kernels
+        elements = _SENT_STREAMS * np.maximum(self._sizes.tokens, 1) * self._model.hidden_size
+        fabric = kernels.fabric
+        network = fabric is not None and shape.devices > fabric.local
+        share = -(-elements // shape.tp)
+        time_s, _ = send_s(kernels.table, share, fabric, network=network)
+        if shape.tp > 1:
+            gather = kernels.table, kernels.device, "all_gather", shape.tp, elements, fabric
+            time_s = time_s + nccl_s(*gather)[0]
+        return time_s
+
+    def _parts_of(self, shape: Shape) -> tuple[Part, ...]:
+        """Every operator that a batch meets on its way through the replica."""
+        kinds, stages = self._pipeline(shape)
+        return tuple(part for stage in stages for part in kinds[stage].parts)
 
     def provenance(
         self, shape: Shape, tokens: int, sequences: int, context: int, longest: int
@@ -183,8 +215,11 @@ class CostCompiler:
             Longest prompt, tokens.
         """
         at = self._index(tokens, sequences, context, longest)
-        parts = sorted(self._parts_of(shape.tp), key=lambda part: part.name)
-        return {part.name: Provenance(int(part.label[at[part.axis]])) for part in parts}
+        worst: dict[str, Provenance] = {}
+        for part in sorted(self._parts_of(shape), key=lambda part: part.name):
+            label = Provenance(int(part.label[at[part.axis]]))
+            worst[part.name] = max(label, worst.get(part.name, label))
+        return worst
 
     def time_by_label(self, shape: Shape, load: Load) -> dict[Provenance, float]:
         """Seconds of kernel time that each label holds over a run, at its mean iteration.
@@ -196,7 +231,7 @@ class CostCompiler:
         at[Axis.SAMPLED] = min(round(load.sampled), len(self._sizes.sequences))
         prompts = np.minimum(load.prompts, self._sizes.lengths[-1])
         out = dict.fromkeys(Provenance, 0.0)
-        for part in self._parts_of(shape.tp):
+        for part in self._parts_of(shape):
             if part.axis is Axis.PROMPT:
                 for label in Provenance:
                     own = prompts[part.label[prompts] == label]
@@ -223,154 +258,6 @@ class CostCompiler:
             Axis.DECODES: (row, column),
             Axis.PROMPT: min(longest, int(self._sizes.lengths[-1])),
         }
-
-    def _sum(self, tp: int, axis: Axis) -> FloatArray:
-        """Time of every part over one axis but `Axis.TOKENS`, made to never fall, seconds."""
-        if (tp, axis) not in self._sums:
-            parts = [part.time_s for part in self._parts_of(tp) if part.axis is axis]
-            total = np.sum(parts, axis=0) if parts else np.zeros(self._shape(axis))
-            if axis is Axis.SAMPLED:
-                total = total + self._host.sequence_s * np.arange(len(total))
-                total[0] = 0.0
-            if axis in (Axis.PROMPT, Axis.PROMPT_TOKENS):
-                total = total * self._host.prefill_multiplier
-            for along in range(total.ndim):
-                total = np.maximum.accumulate(total, axis=along)
-            self._sums[tp, axis] = total
-        return self._sums[tp, axis]
-
-    def _shape(self, axis: Axis) -> tuple[int, ...]:
-        """Shape of a part's arrays."""
-        sizes = self._sizes
-        return {
-            Axis.TOKENS: (len(sizes.tokens),),
-            Axis.PROMPT_TOKENS: (len(sizes.tokens),),
-            Axis.DECODES: (len(sizes.sequences) + 1, len(sizes.contexts)),
-            Axis.PROMPT: (len(sizes.lengths),),
-            Axis.SAMPLED: (len(sizes.sequences) + 1,),
-        }[axis]
-
-    def _linear_s(
-        self, tp: int, captured: tuple[int, ...], with_prompts: tuple[int, ...]
-    ) -> tuple[FloatArray, FloatArray]:
-        """Device time by tokens of decode and of mixed iterations.
-
-        ``captured`` are the CUDA-graph sizes of the former, ``with_prompts`` of the latter; plans
-        that capture the same share the arrays.
-        """
-        key = (tp, captured, with_prompts)
-        if key not in self._linear:
-            linear = np.sum(
-                [part.time_s for part in self._parts_of(tp) if part.axis is Axis.TOKENS], axis=0
-            )
-            decode = self._replayed_s(tp, linear, captured)
-            # Prompt tokens cost at least what decodes do, also where only decodes are padded.
-            prompts = np.maximum(decode, self._replayed_s(tp, linear, with_prompts))
-            mixed = prompts * self._host.prefill_multiplier + self._sum(tp, Axis.PROMPT_TOKENS)
-            self._linear[key] = decode, mixed
-        return self._linear[key]
-
-    def _replayed_s(self, tp: int, linear: FloatArray, captured: tuple[int, ...]) -> FloatArray:
-        """Device time by tokens where batches of ``captured`` sizes replay as graphs."""
-        out = linear.copy()
-        tokens = np.arange(len(linear))
-        sizes = np.array(captured, dtype=np.int64)
-        inside = tokens <= (captured[-1] if captured else 0)
-        replayed = inside if self._graphs.padded else np.isin(tokens, sizes)
-        if tp > 1:
-            out += np.where(replayed, 0.0, self._eager_copy_s(tp))
-        if captured and self._graphs.padded:
-            # A batch inside the captured range is padded up to the next captured size.
-            out[inside] = out[sizes[np.searchsorted(sizes, tokens[inside])]]
-        out[0] = 0.0
-        # Interpolated parts never fall by themselves; the step from graph to eager might.
-        return np.asarray(np.maximum.accumulate(out))
-
-    def _parts_of(self, tp: int) -> tuple[Part, ...]:
-        """Every operator of the model at width ``tp``, layers added up."""
-        if tp not in self._parts:
-            found: dict[tuple[str, Axis], Part] = {}
-            for part in self._all_parts(tp):
-                key = (part.name, part.axis)
-                found[key] = found[key] + part if key in found else part
-            self._parts[tp] = tuple(self._honest(part) for part in found.values())
-        return self._parts[tp]
-
-    def _honest(self, part: Part) -> Part:
-        """The part, with nothing of a scaled table labelled as measured."""
-        if not self._table.estimated_from:
-            return part
-        label = np.maximum(part.label, np.int8(Provenance.EXTRAPOLATED))
-        return Part(part.name, part.axis, part.time_s, label)
-
-    def _all_parts(self, tp: int) -> list[Part]:
-        model = self._model
-        parts = [
-            part.times(count)
-            for half, count in self._halves().items()
-            for part in layer_parts(model, self._device, self._table, half, tp, self._sizes)
-        ]
-        parts.extend(self._sampled_parts(tp))
-        if tp > 1:
-            parts.append(self._all_reduce(tp).times(self._reduces))
-        return parts
-
-    def _halves(self) -> Counter[Layer]:
-        """Mixers, and feed-forward networks with the layer's norms, each kind counted once."""
-        halves: Counter[Layer] = Counter()
-        for layer, count in self._model.layer_counts.items():
-            halves[Layer(layer.mixer, None, norms=0)] += count
-            halves[Layer(None, layer.ffn, layer.norms)] += count
-        return halves
-
-    @property
-    def _reduces(self) -> int:
-        """All-reduces of one iteration."""
-        counts = self._model.layer_counts
-        return sum(all_reduces(layer) * count for layer, count in counts.items())
-
-    def _all_reduce(self, tp: int) -> Part:
-        """One all-reduce of the hidden states inside a CUDA graph, by tokens."""
-        elements = np.maximum(self._sizes.tokens, 1) * self._model.hidden_size
-        time_s, label = all_reduce_s(self._table, self._device, "graph", tp, elements, self._fabric)
-        if tp in self._nccl_from_bytes:
-            by_nccl = elements * DTYPE_BYTES["bf16"] >= self._nccl_from_bytes[tp]
-            nccl, nccl_label = nccl_s(
-                self._table, self._device, "all_reduce", tp, elements, self._fabric
-            )
-            time_s = np.where(by_nccl, nccl, time_s)
-            label = np.where(by_nccl, nccl_label, label)
-        return Part("all-reduce", Axis.TOKENS, time_s, label)
-
-    def _eager_copy_s(self, tp: int) -> FloatArray:
-        """What all-reduces cost more outside a CUDA graph, by tokens, seconds.
-
-        There the engine first copies the message into a registered buffer
-        (vllm/distributed/device_communicators/custom_all_reduce.py). The measured eager times say
-        so where the device sets the pace: graph time plus copy is within 5 % of them from 8
-        million elements on (tests/unit/test_timing.py). Below that they show the host's launches,
-        which overlap the device's work in a whole iteration and are ``eager_layer_s``'s subject.
-        """
-        message_bytes = self._sizes.tokens * self._model.hidden_size * DTYPE_BYTES["bf16"]
-        copy_s = 2 * message_bytes / self._device.elementwise_bytes_per_s
-        own = message_bytes < self._nccl_from_bytes.get(tp, np.inf)
-        return np.where(own, self._reduces * copy_s, 0.0)
-
-    def _sampled_parts(self, tp: int) -> list[Part]:
-        """Head, gathering of logits over ranks and sampler, by sampled sequences."""
-        model, device, table = self._model, self._device, self._table
-        sequences = np.maximum(np.arange(len(self._sizes.sequences) + 1), 1)
-        op = head_gemm(model, tp)
-        head_s, head_label = gemm_s(table, device, op.dtype, sequences, op.n, op.k)
-        parts = [Part("gemm head", Axis.SAMPLED, head_s, head_label)]
-        if tp > 1:
-            elements = sequences * model.vocab_size
-            gather_s, label = nccl_s(table, device, "all_gather", tp, elements, self._fabric)
-            parts.append(Part("all-gather logits", Axis.SAMPLED, gather_s, label))
-        sampler_s = sampler_bytes_per_sequence(model) * sequences / device.elementwise_bytes_per_s
-        label = np.full(len(sequences), Provenance.INTERPOLATED, dtype=np.int8)
-        parts.append(Part("sampler", Axis.SAMPLED, sampler_s, label))
-        return parts
 
 
 def _context_knots(max_context: int) -> npt.NDArray[np.int64]:

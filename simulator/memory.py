@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Final, Literal
 from simulator.kv_layout import kv_layout
 from simulator.model import Experts, LatentAttention, Layer
 from simulator.ops import layer_gemms
+from simulator.stages import stages_of_replica
 from simulator.units import DTYPE_BYTES
-from simulator.weights import weight_bytes_per_rank
+from simulator.weights import stage_weight_bytes_per_rank
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from simulator.device import Device
     from simulator.engine_rules import GraphRules
     from simulator.kv_layout import KvLayout
     from simulator.model import ModelShape
     from simulator.plan import BatchingLimits, Shape
+    from simulator.stages import SpareLayers, Stage
 
 NULL_BLOCKS: Final = 1
 """vLLM keeps one block as the null block (v1/core/block_pool.py)."""
@@ -141,6 +145,8 @@ class MemoryRules:
         What the fraction is a fraction of.
     null_blocks
         Pages that the engine keeps from its scheduler.
+    spare_layers
+        Where layers go that do not divide by the pipeline stages.
 
     """
 
@@ -152,6 +158,7 @@ class MemoryRules:
     state_dtype: str
     accounting: Accounting = "share_of_device"
     null_blocks: int = NULL_BLOCKS
+    spare_layers: SpareLayers = "before_last"
 
     def fraction(self, model: ModelShape, device: Device, tp: int, limits: BatchingLimits) -> float:
         """The memory fraction of a ``tp``-wide replica under ``limits``."""
@@ -194,9 +201,11 @@ class MemoryBudget:
 
 
 def activation_bytes_per_rank(
-    model: ModelShape, tp: int, limits: BatchingLimits, logit_bytes: int
+    model: ModelShape, shape: Shape, limits: BatchingLimits, logit_bytes: int
 ) -> int:
     """Peak activation bytes of the engine's profile run on one rank.
+
+    A ``logit_bytes`` of 0 leaves the sampler out, as in all pipeline stages but the last.
 
     The profile run (vLLM v1/worker/gpu_model_runner.py, ``profile_run``) feeds a full token
     budget through the layers and then a full set of sequences through the sampler; the two peaks
@@ -207,8 +216,8 @@ def activation_bytes_per_rank(
 
     Parameters
     ----------
-    model, tp
-        The model and its tensor-parallel width.
+    model, shape
+        What is served, and how it is spread.
     limits
         Token budget and sequences of the profile run.
     logit_bytes
@@ -217,7 +226,7 @@ def activation_bytes_per_rank(
     """
     bf16, tokens = DTYPE_BYTES["bf16"], limits.max_num_batched_tokens
     hidden = tokens * bf16 * model.hidden_size
-    widest = max(_layer_peak_bytes(model, layer, tp, tokens) for layer in model.layer_counts)
+    widest = max(_layer_peak_bytes(model, layer, shape, tokens) for layer in model.layer_counts)
     forward = widest + _RESIDUAL_STREAMS * hidden
     sampler = limits.max_num_seqs * model.vocab_size * logit_bytes + hidden
     return max(forward, sampler)
@@ -226,7 +235,7 @@ def activation_bytes_per_rank(
 def memory_budget(
     model: ModelShape, device: Device, shape: Shape, limits: BatchingLimits, rules: MemoryRules
 ) -> MemoryBudget:
-    """Memory of one rank under ``limits``; ranks are alike, so one stands for all.
+    """Memory of one rank of a replica's tightest pipeline stage under ``limits``.
 
     Parameters
     ----------
@@ -243,15 +252,45 @@ def memory_budget(
         Under ``share_of_free`` the usable bytes are the fixed ones and the share of the rest.
 
     """
-    tp = shape.tp
-    fraction = rules.fraction(model, device, tp, limits)
-    weights = weight_bytes_per_rank(model, tp)
-    layout = kv_layout(model, tp, rules.block_tokens, rules.state_dtype)
+    return tightest(memory_budgets(model, device, shape, limits, rules))
+
+
+def memory_budgets(
+    model: ModelShape, device: Device, shape: Shape, limits: BatchingLimits, rules: MemoryRules
+) -> tuple[MemoryBudget, ...]:
+    """Memory of one rank of every pipeline stage; the ranks of a stage are alike.
+
+    Parameters as of :func:`memory_budget`.
+    """
+    stages = stages_of_replica(model, shape, rules.spare_layers)
+    fraction = rules.fraction(model, device, shape.tp, limits)
+    return tuple(_stage_budget(stage, device, shape, limits, rules, fraction) for stage in stages)
+
+
+def tightest(stages: Sequence[MemoryBudget]) -> MemoryBudget:
+    """The stage with room for fewest pages; the engine gives all stages as many as it has.
+
+    vLLM v1/core/kv_cache_utils.py, ``get_kv_cache_configs``.
+    """
+    return min(stages, key=lambda budget: budget.num_blocks)
+
+
+def _stage_budget(
+    stage: Stage,
+    device: Device,
+    shape: Shape,
+    limits: BatchingLimits,
+    rules: MemoryRules,
+    fraction: float,
+) -> MemoryBudget:
+    weights = stage_weight_bytes_per_rank(stage, shape)
+    layout = kv_layout(stage.model, shape.tp, rules.block_tokens, rules.state_dtype)
     if rules.accounting == "static_share":
         usable = int((device.memory_bytes - rules.overhead_bytes) * fraction)
         activations = overhead = graphs = 0
     else:
-        activations = activation_bytes_per_rank(model, tp, limits, rules.logit_bytes)
+        logit_bytes = rules.logit_bytes if stage.is_last else 0
+        activations = activation_bytes_per_rank(stage.model, shape, limits, logit_bytes)
         overhead, graphs = rules.overhead_bytes, rules.graph_bytes
         usable = int(device.memory_bytes * fraction)
     fixed = weights + activations + overhead + graphs
@@ -268,36 +307,40 @@ def memory_budget(
     )
 
 
-def _layer_peak_bytes(model: ModelShape, layer: Layer, tp: int, tokens: int) -> int:
+def _layer_peak_bytes(model: ModelShape, layer: Layer, shape: Shape, tokens: int) -> int:
     """Bytes that the wider half of ``layer`` holds at once, besides the residual streams."""
     mixer = layer.mixer
-    mixed = tokens * _projected_elements(model, Layer(mixer, None), tp)
+    mixed = tokens * _projected_elements(model, Layer(mixer, None), shape)
     if isinstance(mixer, LatentAttention):
-        expanded = mixer.heads_per_rank(tp) * (mixer.qk_nope_head_dim + mixer.v_head_dim)
+        expanded = mixer.heads_per_rank(shape.tp) * (mixer.qk_nope_head_dim + mixer.v_head_dim)
         mixed += _CONTEXT_CHUNK_TOKENS * expanded
     if isinstance(layer.ffn, Experts):
-        fed = tokens * _expert_elements(model, layer.ffn, tp)
+        fed = tokens * _expert_elements(model, layer.ffn, shape)
     else:
-        fed = tokens * _projected_elements(model, Layer(None, layer.ffn), tp)
+        fed = tokens * _projected_elements(model, Layer(None, layer.ffn), shape)
     return DTYPE_BYTES["bf16"] * max(mixed, fed)
 
 
-def _projected_elements(model: ModelShape, half: Layer, tp: int) -> int:
+def _projected_elements(model: ModelShape, half: Layer, shape: Shape) -> int:
     """Per token, what the projections of half a layer give and what the last of them takes."""
-    gemms = layer_gemms(model, half, tp)
+    gemms = layer_gemms(model, half, shape)
     return sum(gemm.n for gemm in gemms[:-1]) + gemms[-1].k if gemms else 0
 
 
-def _expert_elements(model: ModelShape, ffn: Experts, tp: int) -> int:
+def _expert_elements(model: ModelShape, ffn: Experts, shape: Shape) -> int:
     """Per token, the buffers of the fused experts or of the shared ones, which run before them.
 
+    A rank has room for every copy of the tokens of all attention groups, also of copies that other
+    ranks compute (``fused_experts_impl`` sizes by tokens, whatever experts it holds).
     The first product's output and the last one's share a buffer, the activation between them has
     its own (layers/fused_moe/fused_moe.py, ``fused_experts_impl``). Versions up to 0.10.2 cut
     budgets above 32,768 tokens into chunks, 0.24.0 does not; no chunks are counted here.
     """
     inputs = 2 if ffn.gated else 1
-    width, shared = ffn.intermediate_size // tp, ffn.shared_intermediate_size // tp
-    routed = ffn.top_k * (max(inputs * width, ffn.latent_size or model.hidden_size) + width)
+    width = ffn.intermediate_size // shape.moe_tp
+    shared = ffn.shared_intermediate_size // shape.tp
+    copy = max(inputs * width, ffn.latent_size or model.hidden_size) + width
+    routed = shape.dp * ffn.top_k * copy
     if not shared:
         return routed + ffn.latent_size
     return max((inputs + 1) * shared, routed + ffn.latent_size + model.hidden_size)

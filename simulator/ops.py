@@ -1,4 +1,4 @@
-"""The operators of one iteration on one tensor-parallel rank: their shapes and their traffic.
+"""The operators of one iteration on one rank: their shapes and their traffic.
 
 Kernels of attention, recurrent mixers and routed experts have modules of their own
 (`simulator/attention.py`, `latent.py`, `recurrent.py`, `moe.py`); here is what surrounds them.
@@ -15,6 +15,7 @@ from simulator.units import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from simulator.model import Ffn, Layer, Mixer, Mlp, ModelShape
+    from simulator.plan import Shape
 
 BF16 = "bf16"
 
@@ -43,14 +44,16 @@ class Elementwise:
         )
 
 
-def layer_gemms(model: ModelShape, layer: Layer, tp: int) -> tuple[Gemm, ...]:
-    """Projections of one layer on one rank that run over all tokens of an iteration.
+def layer_gemms(model: ModelShape, layer: Layer, shape: Shape) -> tuple[Gemm, ...]:
+    """Projections of one layer on one rank that run over all tokens of its iteration.
 
     vLLM fuses projections of one input into one product (q, k and v; gate and up; the two latent
-    projections of MLA). Latent projections, routers and indexers are replicated over ranks.
+    projections of MLA). Latent projections, routers and indexers are replicated over ranks. Dense
+    networks and shared experts are cut over attention's ``tp`` ranks (vLLM's tensor-parallel group,
+    also under attention data parallel); routed experts are `simulator/moe.py`'s.
     """
-    return _mixer_gemms(layer.mixer, model.hidden_size, tp) + _ffn_gemms(
-        layer.ffn, model.hidden_size, tp
+    return _mixer_gemms(layer.mixer, model.hidden_size, shape.tp) + _ffn_gemms(
+        layer.ffn, model.hidden_size, shape.tp
     )
 
 
@@ -138,20 +141,12 @@ def _mlp_gemms(
     )
 
 
-def head_gemm(model: ModelShape, tp: int) -> Gemm:
-    """Projection onto the vocabulary, split over ranks, for sampled positions only."""
-    return Gemm("head", -(-model.vocab_size // tp), model.hidden_size, BF16)
+def head_gemm(model: ModelShape, shape: Shape) -> Gemm:
+    """Projection onto the vocabulary, split over ``tp`` ranks, for sampled positions only."""
+    return Gemm("head", -(-model.vocab_size // shape.tp), model.hidden_size, BF16)
 
 
-def all_reduces(layer: Layer) -> int:
-    """All-reduces of one layer: after its mixer and after its feed-forward network.
-
-    Megatron-LM (arXiv 1909.08053); shared and routed experts are summed before theirs.
-    """
-    return (layer.mixer is not None) + (layer.ffn is not None)
-
-
-def elementwise(model: ModelShape, layer: Layer, tp: int) -> Elementwise:
+def elementwise(model: ModelShape, layer: Layer, shape: Shape) -> Elementwise:
     """Kernels of one layer that are neither projections, mixers' kernels nor collectives.
 
     Counted in bf16 elements. A norm, fused with the residual addition, reads input and residual
@@ -159,7 +154,7 @@ def elementwise(model: ModelShape, layer: Layer, tp: int) -> Elementwise:
     """
     hidden = model.hidden_size
     out = Elementwise(layer.norms, layer.norms * 4 * hidden * DTYPE_BYTES[BF16])
-    mixer, ffn = layer.mixer, layer.ffn
+    mixer, ffn, tp = layer.mixer, layer.ffn, shape.tp
     if isinstance(mixer, Attention):
         out += _attention_elementwise(mixer, tp)
     elif isinstance(mixer, (GatedDeltaNet, Mamba2)):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from simulator.device import Device
     from simulator.interpolate import FloatArray, LabelArray
     from simulator.model import GatedDeltaNet, Layer, Mamba2, ModelShape
+    from simulator.plan import Shape
     from simulator.table import KernelTable
 
 EXPERT_SKEW: Final = 1.2
@@ -95,16 +96,20 @@ class Sizes:
 
 
 def layer_parts(
-    model: ModelShape, device: Device, table: KernelTable, layer: Layer, tp: int, sizes: Sizes
+    model: ModelShape, device: Device, table: KernelTable, layer: Layer, shape: Shape, sizes: Sizes
 ) -> Iterator[Part]:
-    """Every operator of one layer on one rank but its collectives; names may repeat."""
+    """Every operator of one layer on one rank but its collectives; names may repeat.
+
+    Sizes count what the rank's own attention group holds; under attention data parallel routed
+    experts meet as many tokens of every other group.
+    """
     rows = np.maximum(sizes.tokens, 1)
-    for op in layer_gemms(model, layer, tp):
+    for op in layer_gemms(model, layer, shape):
         time_s, label = gemm_s(table, device, op.dtype, rows, op.n, op.k)
         yield Part(f"gemm {op.name}", Axis.TOKENS, time_s, label)
     if isinstance(layer.ffn, Experts):
-        yield _experts(model, device, table, layer.ffn, tp, rows)
-    streams = elementwise(model, layer, tp)
+        yield _experts(model, device, table, layer.ffn, shape, rows)
+    streams = elementwise(model, layer, shape)
     traffic_bytes = streams.bytes_per_token * sizes.tokens.astype(np.float64)
     traffic_s = traffic_bytes / device.elementwise_bytes_per_s
     launches_s = streams.kernels * device.elementwise_launch_s
@@ -113,11 +118,11 @@ def layer_parts(
     yield Part("elementwise", Axis.TOKENS, launches_s + traffic_s, label)
     mixer = layer.mixer
     if isinstance(mixer, Attention):
-        yield from _attention(model, device, table, mixer, tp, sizes)
+        yield from _attention(model, device, table, mixer, shape.tp, sizes)
     elif isinstance(mixer, LatentAttention):
-        yield from _latent(model, device, table, mixer, tp, sizes)
+        yield from _latent(model, device, table, mixer, shape.tp, sizes)
     elif mixer is not None:
-        yield from _recurrent(device, table, mixer, tp, sizes)
+        yield from _recurrent(device, table, mixer, shape.tp, sizes)
 
 
 def _experts(
@@ -125,10 +130,10 @@ def _experts(
     device: Device,
     table: KernelTable,
     ffn: Experts,
-    tp: int,
+    shape: Shape,
     rows: npt.NDArray[np.int64],
 ) -> Part:
-    """Routed experts, each split over all ranks."""
+    """Routed experts of the most loaded rank."""
     time_s, label = moe_s(
         table,
         device,
@@ -137,11 +142,11 @@ def _experts(
         intermediate_size=ffn.intermediate_size,
         top_k=ffn.top_k,
         num_experts=ffn.num_experts,
-        moe_tp=tp,
-        moe_ep=1,
+        moe_tp=shape.moe_tp,
+        moe_ep=shape.ep,
         gated=ffn.gated,
         skew=EXPERT_SKEW,
-        tokens=rows,
+        tokens=shape.dp * rows,
     )
     return Part("experts", Axis.TOKENS, time_s, label)
 

@@ -4,7 +4,9 @@ The split over ranks is vLLM's (``model_executor/layers/linear.py`` and the mode
 into heads or feed-forward columns are cut by column, those back to the residual stream by row,
 KV heads are replicated once there are more ranks than heads, the vocabulary is cut with the last
 rank padded, and norms, routers, the down-projections of latent attention and its indexer are
-whole on every rank. Each routed expert is cut over all ranks.
+whole on every rank. Of the routed experts a rank holds its share of whole ones, each cut over
+``moe_tp`` ranks (layers/fused_moe/layer.py, ``FusedMoEParallelConfig``); shared experts and dense
+networks follow attention's ``tp``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from simulator.model import Attention, Experts, GatedDeltaNet, LatentAttention, Mlp
+from simulator.plan import Shape
 from simulator.precision import PRECISIONS
+from simulator.stages import Stage
 from simulator.units import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -28,6 +32,9 @@ _PADDED_HIDDEN: Final = 256
 """What vLLM pads MXFP4 experts to (layers/quantization/mxfp4.py, Marlin): with it gpt-oss-120b
 takes the 66.0 GiB that its log prints (vllm issue 23278). Other kernels pad a little more or less:
 64.4 GiB in the log of issue 27508."""
+
+
+_WHOLE: Final = Shape(1)
 
 
 @dataclass(frozen=True)
@@ -61,36 +68,55 @@ class Weight:
         return float(self.elements * DTYPE_BYTES[self.dtype])
 
 
-def layer_weights(model: ModelShape, layer: Layer, tp: int = 1) -> tuple[Weight, ...]:
-    """Weights of ``layer`` on one of ``tp`` ranks, empty ones left out."""
+def layer_weights(model: ModelShape, layer: Layer, shape: Shape = _WHOLE) -> tuple[Weight, ...]:
+    """Weights of ``layer`` on one rank of a stage of that shape, empty ones left out."""
     weights = [
-        *_mixer(layer.mixer, model.hidden_size, tp),
-        *_ffn(layer.ffn, model.hidden_size, tp),
+        *_mixer(layer.mixer, model.hidden_size, shape.tp),
+        *_ffn(layer.ffn, model.hidden_size, shape),
         Weight("norms", layer.norms * model.hidden_size, "bf16"),
     ]
     return tuple(weight for weight in weights if weight.elements)
 
 
-def outer_weights(model: ModelShape, tp: int = 1) -> tuple[Weight, ...]:
-    """Weights outside the layers on one of ``tp`` ranks; a tied head is the embedding itself."""
-    vocabulary = _share(model.vocab_size, tp) * model.hidden_size
+def outer_weights(model: ModelShape, shape: Shape = _WHOLE) -> tuple[Weight, ...]:
+    """Weights outside the layers on one rank; a tied head is the embedding itself.
+
+    Attention's data-parallel groups each hold them all.
+    """
+    vocabulary = _share(model.vocab_size, shape.tp) * model.hidden_size
     weights = [
         Weight("embedding", vocabulary, "bf16"),
         Weight("head", 0 if model.tie_word_embeddings else vocabulary, "bf16"),
         Weight("last norm", model.hidden_size, "bf16"),
         # vLLM cuts vision towers like the decoder (mm_encoder_tp_mode "weights", its default).
-        Weight("other", _share(model.other_params, tp), "bf16"),
+        Weight("other", _share(model.other_params, shape.tp), "bf16"),
     ]
     return tuple(weight for weight in weights if weight.elements)
 
 
-def weight_bytes_per_rank(model: ModelShape, tp: int) -> int:
-    """Bytes of all weights, engine's copies included, on one of ``tp`` ranks."""
+def weight_bytes_per_rank(model: ModelShape, shape: Shape) -> int:
+    """Bytes of all weights, engine's copies included, on one rank of one stage of that shape."""
+    return stage_weight_bytes_per_rank(Stage(model, is_first=True, is_last=True), shape)
+
+
+def stage_weight_bytes_per_rank(stage: Stage, shape: Shape) -> int:
+    """Bytes of one pipeline stage's weights, engine's copies included, on one of its ranks.
+
+    The first stage has the embedding and towers, the last one the last norm and the head, for
+    which it keeps a tied embedding of its own (vLLM, model_executor/models/llama.py).
+    """
+    model = stage.model
     layers = sum(
-        count * sum(weight.num_bytes for weight in layer_weights(model, layer, tp))
+        count * sum(weight.num_bytes for weight in layer_weights(model, layer, shape))
         for layer, count in model.layer_counts.items()
     )
-    return round(layers + sum(weight.num_bytes for weight in outer_weights(model, tp)))
+    held = set()
+    if stage.is_first:
+        held |= {"embedding", "other"}
+    if stage.is_last:
+        held |= {"head", "last norm", *(("embedding",) if model.tie_word_embeddings else ())}
+    outer = sum(w.num_bytes for w in outer_weights(model, shape) if w.name in held)
+    return round(layers + outer)
 
 
 def parameter_count(model: ModelShape) -> int:
@@ -120,14 +146,14 @@ def _parameters(model: ModelShape, layer: Layer) -> int:
 
 def _idle_expert_parameters(model: ModelShape, ffn: Experts) -> int:
     """Parameters of the routed experts that one token does not visit."""
-    experts = _routed_experts(ffn, model.hidden_size, 1)
+    experts = _routed_experts(ffn, model.hidden_size, _WHOLE)
     routed = sum(weight.elements for weight in experts if not weight.is_copy)
     return routed // ffn.num_experts * (ffn.num_experts - ffn.top_k)
 
 
-def _share(whole: int, tp: int) -> int:
+def _share(whole: int, ranks: int) -> int:
     """The padded share of one rank."""
-    return -(-whole // tp)
+    return -(-whole // ranks)
 
 
 def _mixer(mixer: Mixer | None, hidden: int, tp: int) -> Iterator[Weight]:
@@ -208,17 +234,17 @@ def _mamba2(mixer: Mamba2, hidden: int, tp: int) -> Iterator[Weight]:
     yield Weight("output", width * hidden, mixer.dtype)
 
 
-def _ffn(ffn: Ffn | None, hidden: int, tp: int) -> Iterator[Weight]:
+def _ffn(ffn: Ffn | None, hidden: int, shape: Shape) -> Iterator[Weight]:
     if ffn is None:
         return
     if isinstance(ffn, Mlp):
-        yield from _mlp("mlp", ffn, hidden, tp)
+        yield from _mlp("mlp", ffn, hidden, shape.tp)
         return
     yield Weight("router", hidden * ffn.num_experts + ffn.router_params, "bf16")
-    yield from _routed_experts(ffn, hidden, tp)
+    yield from _routed_experts(ffn, hidden, shape)
     shared = Mlp(ffn.shared_intermediate_size, ffn.gated, ffn.bias, ffn.shared_dtype)
     if shared.intermediate_size:
-        yield from _mlp("shared experts", shared, hidden, tp)
+        yield from _mlp("shared experts", shared, hidden, shape.tp)
     yield Weight("shared gate", hidden if ffn.shared_gate else 0, "bf16")
     # Into and out of the latent width, whole on every rank (vLLM models/nemotron_h.py).
     yield Weight("latent", 2 * hidden * ffn.latent_size, ffn.latent_dtype)
@@ -232,23 +258,20 @@ def _mlp(name: str, mlp: Mlp, hidden: int, tp: int) -> Iterator[Weight]:
         yield Weight(f"{name} bias", inputs * width + hidden, "bf16")
 
 
-def _routed_experts(ffn: Experts, hidden: int, tp: int) -> Iterator[Weight]:
-    """All routed experts, each cut over ``tp`` ranks.
-
-    Under expert parallelism a rank would hold ``num_experts / ep`` whole experts: this is the one
-    place where that changes.
-    """
+def _routed_experts(ffn: Experts, hidden: int, shape: Shape) -> Iterator[Weight]:
+    """The rank's share of the routed experts, each cut over ``moe_tp`` ranks."""
     one, inner = (
         Mlp(ffn.intermediate_size, ffn.gated, ffn.bias, ffn.dtype),
         ffn.latent_size or hidden,
     )
-    for weight in _mlp("experts", one, inner, tp):
-        yield Weight(weight.name, ffn.num_experts * weight.elements, weight.dtype)
+    held = _share(ffn.num_experts, shape.ep)
+    for weight in _mlp("experts", one, inner, shape.moe_tp):
+        yield Weight(weight.name, held * weight.elements, weight.dtype)
     if ffn.dtype in _PADDED:
-        width = ffn.intermediate_size // tp
+        width = ffn.intermediate_size // shape.moe_tp
         padded = _round_up(inner, _PADDED_HIDDEN) * _round_up(width, _PADDED_WIDTH)
         extra = (3 if ffn.gated else 2) * (padded - inner * width)
-        yield Weight("expert padding", ffn.num_experts * extra, ffn.dtype, is_copy=True)
+        yield Weight("expert padding", held * extra, ffn.dtype, is_copy=True)
 
 
 def _round_up(size: int, multiple: int) -> int:

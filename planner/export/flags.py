@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from typing import TYPE_CHECKING, Final
 
 from planner.engine_settings import CHUNKING_OFF
+from planner.errors import RefusalError
+from planner.export.server import FIRST_PORT, OPTIONS_FILE, RENDEZVOUS_PORT, Server
+from simulator.model import Experts
 from simulator.rules import POLICIES
 
 if TYPE_CHECKING:
+    from planner.export.server import Flags
     from planner.problem import Problem
     from simulator.plan import Plan
 
-    Flags = list[tuple[str, ...]]
-
-_FIRST_PORT: Final = {"vllm": 8000, "sglang": 30000, "trtllm": 8000}
-"""The engines' own default ports (vLLM entrypoints/openai/cli_args.py, SGLang server_args.py,
-TensorRT-LLM commands/serve.py); further replicas count up."""
-
-_TRTLLM_OPTIONS: Final = "trtllm-options.yaml"
+_UNEVEN_STAGES: Final = {
+    "vllm": "VLLM_PP_LAYER_PARTITION",
+    "sglang": "SGLANG_PP_LAYER_PARTITION",
+}
+"""Variable that names the layers of each stage (vLLM envs.py, SGLang distributed/utils.py)."""
 
 
 def launch_commands(problem: Problem, plan: Plan) -> tuple[str, ...]:
@@ -29,45 +29,131 @@ def launch_commands(problem: Problem, plan: Plan) -> tuple[str, ...]:
     same on an engine whose defaults move. There is one command per replica; SGLang takes one per
     node where a replica spans several. TensorRT-LLM before 1.0 has no server of its own, so there
     is none.
+
+    Raises
+    ------
+    RefusalError
+        When no flags of the engine describe the plan.
+
     """
-    engine, first = problem.engine, ""
-    if engine.name == "sglang":
-        words, options = ["python", "-m", "sglang.launch_server"], _sglang(problem, plan)
-    elif engine.name == "trtllm":
-        if engine.version.startswith("0."):
-            return ()
-        words, options = ["trtllm-serve", problem.model.name], _trtllm(problem, plan)
-        unflagged = _trtllm_options(problem)
-        if unflagged:  # JSON is YAML
-            first = f"echo {shlex.quote(json.dumps(unflagged))} > {_TRTLLM_OPTIONS} && "
-            options.append(("--extra_llm_api_options", _TRTLLM_OPTIONS))
-    else:
-        words, options = ["vllm", "serve", problem.model.name], _vllm(problem, plan)
-    words += [word for option in options for word in option]
-    nodes = -(-plan.shape.tp // problem.devices_per_node)
-    if nodes > 1:  # each replica on nodes of its own
-        if engine.name != "sglang":
-            return (first + shlex.join(words),) * plan.replicas
+    if not has_server(problem):
+        return ()
+    server = server_of(problem, plan)
+    if server.nodes > 1:  # each replica on nodes of its own
+        if server.engine != "sglang":
+            return (server.shell(),) * plan.replicas
         return tuple(
-            f'{shlex.join(words)} --nnodes {nodes} --node-rank {rank} --dist-init-addr "$HEAD:5000"'
+            f"{server.shell()} --nnodes {server.nodes} --node-rank {rank} "
+            f'--dist-init-addr "$HEAD:{RENDEZVOUS_PORT}"'
             for _ in range(plan.replicas)
-            for rank in range(nodes)
+            for rank in range(server.nodes)
         )
     if plan.replicas == 1:
-        return (first + shlex.join(words),)
+        return (server.shell(),)
     return tuple(
-        f"{first}CUDA_VISIBLE_DEVICES={_devices(problem, plan, replica)} "
-        + shlex.join([*words, "--port", str(_FIRST_PORT[engine.name] + replica)])
+        server.shell(
+            "--port",
+            str(FIRST_PORT[server.engine] + replica),
+            environment={"CUDA_VISIBLE_DEVICES": ",".join(devices_of(problem, plan, replica))},
+        )
         for replica in range(plan.replicas)
     )
+
+
+def has_server(problem: Problem) -> bool:
+    """Whether the engine version comes with a server: TensorRT-LLM does from 1.0."""
+    return problem.engine.name != "trtllm" or not problem.engine.version.startswith("0.")
+
+
+def server_of(problem: Problem, plan: Plan) -> Server:
+    """How to start one replica of ``plan``.
+
+    Raises
+    ------
+    RefusalError
+        When no flags of the engine describe the plan.
+
+    """
+    reason = _inexpressible(problem, plan)
+    if reason is not None:
+        raise RefusalError(f"plan {problem.plan_text(plan)}: {reason}")
+    name, model = problem.engine.name, problem.model.name
+    options: dict[str, object] = {}
+    program: tuple[str, ...]
+    if name == "sglang":
+        program, flags = ("python", "-m", "sglang.launch_server"), _sglang(problem, plan)
+    elif name == "trtllm":
+        program, flags = ("trtllm-serve", model), _trtllm(problem, plan)
+        options = _trtllm_options(problem, plan)
+        if options:
+            flags.append(("--extra_llm_api_options", OPTIONS_FILE))
+    else:
+        program, flags = ("vllm", "serve", model), _vllm(problem, plan)
+    layers, variable = plan.shape.layers, _UNEVEN_STAGES.get(name)
+    nodes = -(-plan.shape.devices // problem.devices_per_node)
+    return Server(
+        engine=name,
+        version=problem.engine.version,
+        model=model,
+        program=program,
+        flags=tuple(flags),
+        environment={variable: ",".join(map(str, layers))} if layers and variable else {},
+        options=options,
+        nodes=nodes,
+        devices_per_node=-(-plan.shape.devices // nodes),
+    )
+
+
+def devices_of(problem: Problem, plan: Plan, replica: int) -> list[str]:
+    """Indices of the devices of a replica that shares its node with others."""
+    width = plan.shape.devices
+    first = (replica % (problem.devices_per_node // width)) * width
+    return [str(first + i) for i in range(width)]
+
+
+def _inexpressible(problem: Problem, plan: Plan) -> str | None:
+    """Why no flags of the engine describe the plan's shape, or ``None``.
+
+    vLLM spreads experts over all devices of a stage or none, and knows attention data parallel
+    for mixtures of experts alone (config/parallel.py); TensorRT-LLM's attention is data parallel
+    over the whole stage or not at all (llmapi/llm_args.py, ``enable_attention_dp``); SGLang splits
+    a stage by any divisor (server_args.py).
+    """
+    shape, name = plan.shape, problem.engine.name
+    has_experts = any(isinstance(layer.ffn, Experts) for layer in problem.model.layer_counts)
+    if shape.ep > 1 and not has_experts:
+        return "ep is above 1; the model has no experts"
+    if name == "vllm" and shape.ep not in (1, shape.width):
+        return (
+            f"ep is {shape.ep}; vLLM spreads experts over all {shape.width} devices of a stage, "
+            "or over none"
+        )
+    if name == "vllm" and shape.dp > 1 and not has_experts:
+        return (
+            f"dp is {shape.dp}; vLLM's attention data parallel is for mixtures of experts: use "
+            "replicas"
+        )
+    if name == "trtllm" and shape.dp not in (1, shape.width):
+        return (
+            f"dp is {shape.dp}; TensorRT-LLM's attention is data parallel over all {shape.width} "
+            "devices of a stage, or over none"
+        )
+    return None
 
 
 def _vllm(problem: Problem, plan: Plan) -> Flags:
     """Flags of ``vllm serve`` (engine/arg_utils.py)."""
     rules, memory = problem.rules, problem.memory_rules
     default = problem.engine.rules(problem.max_model_len)
-    flags: Flags = [
-        ("--tensor-parallel-size", str(plan.shape.tp)),
+    shape = plan.shape
+    flags: Flags = [("--tensor-parallel-size", str(shape.tp))]
+    if shape.pp > 1:
+        flags.append(("--pipeline-parallel-size", str(shape.pp)))
+    if shape.dp > 1:
+        flags.append(("--data-parallel-size", str(shape.dp)))
+    if shape.ep > 1:
+        flags.append(("--enable-expert-parallel",))
+    flags += [
         ("--max-num-seqs", str(plan.limits.max_num_seqs)),
         ("--max-num-batched-tokens", str(plan.limits.max_num_batched_tokens)),
         ("--max-model-len", str(problem.max_model_len)),
@@ -86,8 +172,12 @@ def _vllm(problem: Problem, plan: Plan) -> Flags:
         flags.append((_switch("enable-prefix-caching", on=problem.uses_prefix_cache),))
     if rules.late_results != default.late_results:
         flags.append((_switch("async-scheduling", on=rules.late_results),))
-    if plan.shape.tp > problem.devices_per_node:
-        flags.append(("--distributed-executor-backend", "ray"))
+    if shape.devices > problem.devices_per_node:  # Ray starts what runs on other nodes
+        flags.append(
+            ("--data-parallel-backend", "ray")
+            if shape.dp > 1
+            else ("--distributed-executor-backend", "ray")
+        )
     return flags + _dtypes(problem, kv_fp8="fp8")
 
 
@@ -96,9 +186,18 @@ def _sglang(problem: Problem, plan: Plan) -> Flags:
     rules, memory = problem.rules, problem.memory_rules
     default = problem.engine.rules(problem.max_model_len)
     chunk = plan.limits.max_num_batched_tokens if rules.chunked else CHUNKING_OFF
+    shape = plan.shape
     flags: Flags = [
         ("--model-path", problem.model.name),
-        ("--tp-size", str(plan.shape.tp)),
+        ("--tp-size", str(shape.width)),  # attention's tensor times its data parallel
+    ]
+    if shape.pp > 1:
+        flags.append(("--pp-size", str(shape.pp)))
+    if shape.dp > 1:
+        flags += [("--dp-size", str(shape.dp)), ("--enable-dp-attention",)]
+    if shape.ep > 1:
+        flags.append(("--ep-size", str(shape.ep)))
+    flags += [
         ("--max-running-requests", str(plan.limits.max_num_seqs)),
         ("--chunked-prefill-size", str(chunk)),
         ("--context-length", str(problem.max_model_len)),
@@ -124,16 +223,22 @@ def _sglang(problem: Problem, plan: Plan) -> Flags:
 
 def _trtllm(problem: Problem, plan: Plan) -> Flags:
     """Flags of ``trtllm-serve`` (commands/serve.py)."""
-    return [
-        ("--tp_size", str(plan.shape.tp)),
+    shape = plan.shape
+    flags: Flags = [("--tp_size", str(shape.width))]  # attention's tensor times its data parallel
+    if shape.pp > 1:
+        flags.append(("--pp_size", str(shape.pp)))
+    if shape.ep > 1:
+        flags.append(("--ep_size", str(shape.ep)))
+    flags += [
         ("--max_batch_size", str(plan.limits.max_num_seqs)),
         ("--max_num_tokens", str(plan.limits.max_num_batched_tokens)),
         ("--max_seq_len", str(problem.max_model_len)),
         ("--kv_cache_free_gpu_memory_fraction", _fraction(problem, plan)),
     ]
+    return flags
 
 
-def _trtllm_options(problem: Problem) -> dict[str, object]:
+def _trtllm_options(problem: Problem, plan: Plan) -> dict[str, object]:
     """Options of ``trtllm-serve`` that have no flag (llmapi/llm_args.py)."""
     rules, memory = problem.rules, problem.memory_rules
     default = problem.engine.rules(problem.max_model_len)
@@ -147,6 +252,10 @@ def _trtllm_options(problem: Problem) -> dict[str, object]:
     if problem.model.kv_dtype != "bf16":
         cache["dtype"] = problem.model.kv_dtype
     options: dict[str, object] = {"kv_cache_config": cache} if cache else {}
+    if plan.shape.dp > 1:
+        options["enable_attention_dp"] = True
+    if plan.shape.layers:
+        options["pp_partition"] = list(plan.shape.layers)
     if rules.chunked != default.chunked:
         options["enable_chunked_prefill"] = rules.chunked
     if rules.late_results != default.late_results:
@@ -177,10 +286,3 @@ def _fraction(problem: Problem, plan: Plan) -> str:
     """The memory fraction under the plan's limits, also where the engine would derive it."""
     rules = problem.memory_rules
     return str(rules.fraction(problem.model, problem.device, plan.shape.tp, plan.limits))
-
-
-def _devices(problem: Problem, plan: Plan, replica: int) -> str:
-    """Device indices of a replica on its own node."""
-    per_node = problem.devices_per_node // plan.shape.tp
-    first = (replica % per_node) * plan.shape.tp
-    return ",".join(str(first + i) for i in range(plan.shape.tp))

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from planner.errors import PlannerError
 from planner.io.yaml_file import read_mapping
+from planner.layouts import Groups  # noqa: TC001  (pydantic reads it)
+from simulator.stages import SpareLayers  # noqa: TC001  (pydantic reads it)
 
 ENGINES: Final = ("vllm", "sglang", "trtllm")
 """Engines that ship."""
@@ -201,6 +203,15 @@ class AllReduceRule(_Entry):
     source: str
 
 
+class LayoutRules(_Entry):
+    """How a stage's devices may be grouped, see `planner.layouts.Layouts`."""
+
+    expert_groups: Groups
+    attention_groups: Groups
+    even_experts: bool
+    source: str
+
+
 class Host(_Entry):
     """Host constants, see `simulator.engine_rules.HostConstants`."""
 
@@ -231,6 +242,8 @@ class Version(_Entry):
     prefill_tokens: PrefillTokens | None = None
     output_reserve: OutputReserve | None = None
     own_micro_batches: bool = False
+    spare_layers: SpareLayers = "before_last"
+    layouts: LayoutRules
     capacity_policy: CapacityPolicy | None = None
     accounting: Accounts
     memory_fraction: Fact | ShareByTp | ReserveRule

@@ -20,6 +20,7 @@ from planner.io.engine_file import (
     read_engine_file,
 )
 from planner.io.profiles import available_kernel_tables
+from planner.layouts import Layouts
 from simulator.engine_rules import GraphRules, HostConstants, graph_sizes
 from simulator.memory import MemoryRules, Reserve, ShareByWidth
 from simulator.plan import BatchingLimits
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from planner.io.engine_file import EngineFile, Version
     from simulator.device import Device
+    from simulator.stages import SpareLayers
 
 DEFAULTS: Final = EngineSettings()
 """No setting fixed."""
@@ -113,10 +115,8 @@ class EngineProfile:
             tokens = max(tokens, max_model_len)
         return BatchingLimits(tier.max_num_seqs, tokens)
 
-    def rules(
-        self, max_model_len: int, settings: EngineSettings = DEFAULTS, *, pipeline_stages: int = 1
-    ) -> Rules:
-        """How the engine forms batches.
+    def rules(self, max_model_len: int, settings: EngineSettings = DEFAULTS) -> Rules:
+        """How the engine forms batches on replicas without pipeline stages.
 
         Parameters
         ----------
@@ -124,8 +124,6 @@ class EngineProfile:
             Longest request, tokens: vLLM V0 cuts prompts only for long contexts.
         settings
             What the scenario fixes.
-        pipeline_stages
-            Pipeline stages of a replica.
 
         """
         entry = self._entry
@@ -133,8 +131,6 @@ class EngineProfile:
         capacity = settings.capacity_policy or (
             entry.capacity_policy.value if entry.capacity_policy else None
         )
-        late = entry.late_results.value
-        late = late and (pipeline_stages == 1 or entry.late_results.with_pipeline)
         prefill = entry.prefill_tokens
         binds = prefill is not None and (prefill.with_chunks or not chunked)
         reserve = entry.output_reserve
@@ -156,9 +152,8 @@ class EngineProfile:
             least_new_token_ratio=least,
             ratio_decay=(start - least) / reserve.decay_steps if reserve else 0.0,
             reserved_output_tokens=reserve.most_tokens if reserve else 0,
-            late_results=_given(settings.async_scheduling, late),
+            late_results=_given(settings.async_scheduling, entry.late_results.value),
             prefix_caching=_given(settings.prefix_caching, entry.prefix_caching.value),
-            batches_in_flight=pipeline_stages,
             own_micro_batches=entry.own_micro_batches,
         )
 
@@ -174,7 +169,24 @@ class EngineProfile:
             state_dtype=entry.state_dtype.value,
             accounting=entry.accounting.value,
             null_blocks=entry.accounting.null_blocks,
+            spare_layers=self.spare_layers,
         )
+
+    @property
+    def spare_layers(self) -> SpareLayers:
+        """Where layers go that do not divide by the pipeline stages."""
+        return self._entry.spare_layers
+
+    @property
+    def layouts(self) -> Layouts:
+        """Which shapes of a pipeline stage can be launched."""
+        rules = self._entry.layouts
+        return Layouts(rules.expert_groups, rules.attention_groups, rules.even_experts)
+
+    @property
+    def overlaps_with_pipeline(self) -> bool:
+        """Whether a batch may be formed while its predecessor runs also with pipeline stages."""
+        return self._entry.late_results.with_pipeline
 
     @property
     def budget_grows_to_context(self) -> bool:

@@ -41,8 +41,10 @@ def check_target(target: str | None, option: str = JSON) -> None:
         raise _cannot(target, option, "Permission denied")
 
 
-def deliver(text: str, target: str | None) -> None:
+def deliver(text: str, target: str | None, option: str = JSON) -> None:
     """Write ``text`` to ``target``: a path, ``-`` for standard output, or ``None`` for nowhere.
+
+    ``option`` is what a message calls the target by.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def deliver(text: str, target: str | None) -> None:
     if target == STDOUT:
         sys.stdout.write(text)
         return
-    deliver_file(target, JSON, lambda file: file.write(text.encode()))
+    deliver_file(target, option, lambda file: file.write(text.encode()))
 
 
 def deliver_file(target: str, option: str, write: Callable[[IO[bytes]], object]) -> None:
@@ -89,6 +91,8 @@ def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         with open(handle, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(handle)  # or a crash of the machine could keep the name and lose the bytes
         os.chmod(temporary, _mode(path))
         os.replace(temporary, path)
     except BaseException:

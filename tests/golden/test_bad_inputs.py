@@ -129,7 +129,8 @@ SCENARIO_CASES = [
     (
         'version: "0.24.0"',
         'version: "0.24.0", calibration: off',
-        ": engine.calibration: 'off' must be 'none'",
+        ": engine.calibration: 'off' must be 'none' or the path of a calibration file"
+        " (.json, .yaml)",
     ),
     (", devices_per_node: 8", "", ": cluster.pools[0].devices_per_node: required field is missing"),
     (

@@ -234,6 +234,7 @@ def test_the_table_says_what_a_person_asks(cli: Cli, tmp_path: Path) -> None:
         ("devices", "H100-SXM-80GB"),
         ("models", "deepseek-ai/DeepSeek-V3"),
         ("engines", "0.24.0"),
+        ("kernels", "L40S"),
         ("interconnects", "ib_400g"),
     ],
 )
@@ -254,5 +255,6 @@ def test_list_of_an_unknown_kind(cli: Cli) -> None:
     code, _, err = cli("list", "plans")
     assert code == 2
     assert one_line_error(err) == (
-        "planner: error: list: plans: must be one of: devices, models, engines, interconnects\n"
+        "planner: error: list: plans: must be one of: devices, models, engines, kernels, "
+        "interconnects\n"
     )

@@ -18,7 +18,7 @@ from planner.objective import Constraint, Objective
 from planner.resolve import resolve
 from planner.scenario import Scenario
 from planner.search import Search
-from simulator.plan import BatchingLimits, Plan, Shape
+from simulator.plan import BatchingLimits, Plan
 from tests.problems import OBJECTIVES, goal, mapping, random_sections
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Simulated:
     def rank(self, objective: str, problem: Problem) -> tuple[int, ...]:
         """Value, secondary value, devices, changed defaults, then the plan's own order."""
         plan, defaults = self.plan, problem.default_limits
-        devices = plan.replicas * plan.shape.tp
+        devices = plan.replicas * plan.shape.tp * plan.shape.pp
         if objective == "devices":
             value = (devices, self.nanoseconds("mean", "e2e"))
         elif objective == "throughput":
@@ -67,7 +67,7 @@ class Simulated:
             value = (self.nanoseconds(statistic, metric), devices)
         seqs, tokens = plan.limits.max_num_seqs, plan.limits.max_num_batched_tokens
         changed = (seqs != defaults.max_num_seqs) + (tokens != defaults.max_num_batched_tokens)
-        return (*value, devices, changed, plan.replicas, seqs, tokens)
+        return (*value, devices, changed, plan.shape.pp, plan.replicas, seqs, tokens)
 
     def keeps(self, slo: Mapping[tuple[str, str], float]) -> bool:
         """Whether every limit, milliseconds, is kept."""
@@ -81,20 +81,22 @@ def simulate_all(problem: Problem) -> list[Simulated]:
     """Every plan of the grid that can run, simulated to its end."""
     model, grid = problem.model, problem.space
     found = []
-    for tp in (shape.tp for shape in grid.shapes):
+    for shape in grid.shapes:
+        tp, pp = shape.tp, shape.pp
         (layer,) = model.layer_counts
         divides = layer.mixer.num_heads % tp == 0 and layer.ffn.intermediate_size % tp == 0
         kv_heads = layer.mixer.num_kv_heads % tp == 0 or tp % layer.mixer.num_kv_heads == 0
-        if not (divides and kv_heads and tp in MEASURED_WIDTHS and tp <= problem.devices_per_node):
+        known = tp in MEASURED_WIDTHS and tp * pp <= problem.devices_per_node
+        if not (divides and kv_heads and known and pp <= model.num_layers):
             continue
         for seqs in grid.max_num_seqs:
             for tokens in grid.max_num_batched_tokens:
                 limits = BatchingLimits(seqs, tokens)
-                held_tokens = problem.blocks(Shape(tp), limits) * problem.memory_rules.block_tokens
+                held_tokens = problem.blocks(shape, limits) * problem.memory_rules.block_tokens
                 if tokens < seqs or held_tokens < problem.max_model_len:
                     continue
-                counts = [n for n in grid.replicas if n * tp <= problem.num_devices]
-                found.extend(simulate_one(problem, Plan(n, Shape(tp), limits)) for n in counts)
+                counts = [n for n in grid.replicas if n * tp * pp <= problem.num_devices]
+                found.extend(simulate_one(problem, Plan(n, shape, limits)) for n in counts)
     return found
 
 

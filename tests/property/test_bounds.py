@@ -22,7 +22,7 @@ from planner.space import enumerate_space
 from simulator.kvcache import blocks_for
 from simulator.plan import BatchingLimits, Plan, Shape
 from simulator.rules import Rules
-from simulator.timing import one_stage
+from simulator.timing import one_stage, stages_of
 from simulator.workload import Workload
 from tests.builders import TICK_S, Case, cases, limits, linear_cost, workload
 from tests.problems import mapping, random_sections
@@ -47,14 +47,27 @@ def rising(rng: np.random.Generator, size: int, step_s: float) -> npt.NDArray[np
     return np.cumsum(steps)
 
 
-def random_cost(rng: np.random.Generator) -> IterationCost:
+def random_pipeline(rng: np.random.Generator) -> IterationCost:
+    """A cost of one to three stages of one or two kinds, often uneven."""
+    first = random_cost(rng)
+    stages = rng.integers(0, 2, rng.choice([1, 1, 2, 3]))
+    if len(stages) == 1:
+        return first
+    second = random_cost(rng, first.context_knots)
+    return stages_of([first, second], stages, rising(rng, MAX_TOKENS + 1, 1e-5))
+
+
+def random_cost(
+    rng: np.random.Generator, knots: npt.NDArray[np.int64] | None = None
+) -> IterationCost:
     """A cost that keeps every promise of ``IterationCost`` and no other."""
     scale_s = 10.0 ** rng.uniform(-5, -3, 4)
     base_s = rng.choice([0.0, 1e-3])
     decode_s = base_s + rising(rng, MAX_TOKENS + 1, scale_s[0])
     mixed_s = decode_s * rng.choice([1.0, 1.3])
     mixed_s += rng.choice([0.0, 1.0]) * rising(rng, MAX_TOKENS + 1, scale_s[0])
-    knots = np.unique(np.append(rng.integers(2, MAX_CONTEXT, 5), [1, rng.choice([64, 256])]))
+    if knots is None:
+        knots = np.unique(np.append(rng.integers(2, MAX_CONTEXT, 5), [1, rng.choice([64, 256])]))
     attention_s = rng.exponential(scale_s[1], (MAX_SEQS + 1, len(knots)))
     attention_s[0] = attention_s[0, 0]  # row 0 is the launch alone
     for axis in (0, 1):
@@ -91,6 +104,7 @@ def random_case(rng: np.random.Generator) -> Case:
         arrival_s = np.zeros(n)
     longest = int((prompts + outputs).max())
     seqs = int(rng.integers(1, MAX_SEQS + 1))
+    cost = random_pipeline(rng)
     return Case(
         Workload(arrival_s, prompts, outputs, concurrency),
         int(rng.integers(1, 4)),
@@ -100,8 +114,12 @@ def random_case(rng: np.random.Generator) -> Case:
             blocks=blocks_for(longest, 4) + int(rng.choice([0, 3, 20, 1000])),
             ingress_s=float(rng.choice([0.0, 9e-3])),
         ),
-        random_cost(rng),
-        Rules(reserve_full_prompt=bool(rng.random() < 0.5)),
+        cost,
+        Rules(
+            reserve_full_prompt=bool(rng.random() < 0.5),
+            late_results=bool(rng.random() < 0.5),
+            batches_in_flight=len(cost.stages),
+        ),
     )
 
 
@@ -235,7 +253,7 @@ def plan_of(case: Case) -> Plan:
     """The plan that a case stands for; its width does not matter here."""
     own = case.limits
     batching = BatchingLimits(own.max_num_seqs, own.max_num_batched_tokens)
-    return Plan(case.replicas, 1, batching)
+    return Plan(case.replicas, Shape(1), batching)
 
 
 def trace_of(case: Case, run: Run) -> Trace:

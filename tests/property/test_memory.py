@@ -110,9 +110,9 @@ def test_wider_tp_never_takes_more(model: ModelShape) -> None:
     """Weights, tokens and activations of one rank shrink or stay as ranks are added."""
     limits = BatchingLimits(16, 512)
     for measure in (
-        weight_bytes_per_rank,
+        lambda model, tp: weight_bytes_per_rank(model, Shape(tp)),
         kv_bytes_per_token,
-        lambda shape, tp: activation_bytes_per_rank(shape, tp, limits, 10),
+        lambda model, tp: activation_bytes_per_rank(model, Shape(tp), limits, 10),
     ):
         sizes = [measure(model, tp) for tp in WIDTHS]
         assert sizes == sorted(sizes, reverse=True)

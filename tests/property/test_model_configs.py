@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from planner.errors import InputError
 from planner.io.hf_config import read_model
 from planner.io.models import catalogue
+from simulator.plan import Shape
 from simulator.weights import active_parameter_count, parameter_count, weight_bytes_per_rank
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def test_damaged_configs(
         return
     assert shape.max_position_embeddings > 0
     assert 0 < active_parameter_count(shape) <= parameter_count(shape)
-    assert weight_bytes_per_rank(shape, 2) > 0
+    assert weight_bytes_per_rank(shape, Shape(2)) > 0
 
 
 @given(st.binary(max_size=200))

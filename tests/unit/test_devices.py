@@ -95,9 +95,10 @@ def decode_s(device: str, model: ModelShape, tp: int) -> float:
 
 def read_weights_s(device: str, model: ModelShape, tp: int) -> float:
     """Time to read one rank's projections and head at datasheet bandwidth."""
-    layers = [op for layer in model.layers for op in layer_gemms(model, layer, tp)]
+    layers = [op for layer in model.layers for op in layer_gemms(model, layer, Shape(tp))]
     read_bytes = sum(
-        op.n * op.k * PRECISIONS[op.dtype].weight_bytes for op in (*layers, head_gemm(model, tp))
+        op.n * op.k * PRECISIONS[op.dtype].weight_bytes
+        for op in (*layers, head_gemm(model, Shape(tp)))
     )
     return read_bytes / load_device(device).memory_bandwidth_bytes_per_s
 
@@ -160,7 +161,9 @@ def test_costs_are_finite_positive_and_monotone(device: str, name: str) -> None:
         assert (np.diff(cost.attention_ps, axis=1) >= 0).all()
         assert (np.diff(cost.attention_ps, axis=2) >= 0).all()
         assert (cost.mixed_ps >= cost.decode_ps).all()
-        labels = costs.provenance(tp, tokens=512, sequences=32, context=CONTEXT, longest=2048)
+        labels = costs.provenance(
+            Shape(tp), tokens=512, sequences=32, context=CONTEXT, longest=2048
+        )
         assert max(labels.values()) < Provenance.ROOFLINE
 
 
@@ -179,7 +182,7 @@ def test_fp8_weights_decode_faster_where_the_device_has_fp8(device: str) -> None
         return
     model = shape(MODELS[1], "fp8")
     assert decode_s(device, model, 1) < 0.75 * decode_s(device, shape(MODELS[1]), 1)
-    labels = compiler(device, model).provenance(1, 512, 32, CONTEXT, 2048)
+    labels = compiler(device, model).provenance(Shape(1), 512, 32, CONTEXT, 2048)
     assert max(labels.values()) < Provenance.ROOFLINE
 
 

@@ -15,7 +15,7 @@ from tests.problems import LLAMA_8B, LLAMA_70B, QWEN_7B, engine, pool, scenario
 if TYPE_CHECKING:
     from planner.report import PlanReport
 
-SPACE = {"max_num_seqs": [8], "max_num_batched_tokens": [512]}
+SPACE = {"pp": [1], "max_num_seqs": [8], "max_num_batched_tokens": [512]}
 SUGGESTED_LIMIT = re.compile(r"slo\.(\w+)\.(\w+): ([\d.e+]+)")
 COMPARED = re.compile(r"slo\.(\w+)\.(\w+) ([\d.]+) ms against ([\d.]+) ms")
 

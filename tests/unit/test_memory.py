@@ -62,7 +62,7 @@ BF16 = 2
 )
 def test_weights_are_the_published_parameters(model: ModelShape, parameters: int) -> None:
     """On one rank the bytes are twice the checkpoint's parameter count."""
-    assert weight_bytes_per_rank(model, 1) == BF16 * parameters
+    assert weight_bytes_per_rank(model, Shape(1)) == BF16 * parameters
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
@@ -71,7 +71,7 @@ def test_ranks_split_everything_but_the_norms(tp: int) -> None:
     # Norms of Llama-3.1-70B: 80 layers of 2 * 8192 and the last one of 8192.
     norms = 80 * 2 * 8192 + 8192
     split = 70_553_706_496 - norms
-    assert weight_bytes_per_rank(LLAMA_70B, tp) == BF16 * (split // tp + norms)
+    assert weight_bytes_per_rank(LLAMA_70B, Shape(tp)) == BF16 * (split // tp + norms)
 
 
 def test_kv_projections_are_replicated_beyond_the_kv_heads() -> None:
@@ -80,7 +80,7 @@ def test_kv_projections_are_replicated_beyond_the_kv_heads() -> None:
     # 676), norms 7,168, biases 3 * 128; vocabulary 2 * ceil(152,064 / 28 = 5430.9) * 3584.
     layer = 4 * 3584 * 128 + 3 * 3584 * 676 + 7168 + 384
     expected = 28 * layer + 2 * 5431 * 3584 + 3584
-    assert weight_bytes_per_rank(QWEN2_7B, 28) == BF16 * expected
+    assert weight_bytes_per_rank(QWEN2_7B, Shape(28)) == BF16 * expected
     assert kv_bytes_per_token(QWEN2_7B, 28) == kv_bytes_per_token(QWEN2_7B, 4)
 
 
@@ -88,9 +88,9 @@ def test_fp8_halves_the_projections_and_nothing_else() -> None:
     """Embedding, head and norms stay bf16."""
     # Projections of Llama-3.1-8B: 32 * (33,554,432 + 8,388,608 + 176,160,768) = 6,979,321,856.
     saved = 6_979_321_856
-    bf16 = weight_bytes_per_rank(LLAMA_8B, 1)
+    bf16 = weight_bytes_per_rank(LLAMA_8B, Shape(1))
     fp8 = dense(32, 4096, 32, 8, 128, 14336, 128256, dtype="fp8")
-    assert weight_bytes_per_rank(fp8, 1) == bf16 - saved
+    assert weight_bytes_per_rank(fp8, Shape(1)) == bf16 - saved
 
 
 @pytest.mark.parametrize(("tp", "expected"), [(1, 327_680), (2, 163_840), (8, 40_960)])
@@ -104,18 +104,25 @@ def test_activations_peak_in_the_mlp_or_in_the_sampler() -> None:
     """A large token budget peaks in the MLP, many sequences peak in the sampler."""
     # MLP: 8192 tokens * 2 bytes * (3 * 14,336 + 3 * 4096 = 55,296) = 905,969,664. Sampler: 256
     # sequences * 128,256 * (2 + 2 * 4) + 8192 * 2 * 4096 = 328,335,360 + 67,108,864, less.
-    assert activation_bytes_per_rank(LLAMA_8B, 1, BatchingLimits(256, 8192), 10) == 905_969_664
+    assert (
+        activation_bytes_per_rank(LLAMA_8B, Shape(1), BatchingLimits(256, 8192), 10) == 905_969_664
+    )
     # On two ranks the MLP is halved: 8192 * 2 * (21,504 + 12,288) = 553,648,128.
-    assert activation_bytes_per_rank(LLAMA_8B, 2, BatchingLimits(256, 8192), 10) == 553_648_128
+    assert (
+        activation_bytes_per_rank(LLAMA_8B, Shape(2), BatchingLimits(256, 8192), 10) == 553_648_128
+    )
     # 1024 sequences: 1,313,341,440 + 2048 * 2 * 4096 = 16,777,216; MLP 226,492,416.
-    assert activation_bytes_per_rank(LLAMA_8B, 1, BatchingLimits(1024, 2048), 10) == 1_330_118_656
+    assert (
+        activation_bytes_per_rank(LLAMA_8B, Shape(1), BatchingLimits(1024, 2048), 10)
+        == 1_330_118_656
+    )
 
 
 def test_the_sampler_peak_follows_the_bytes_per_logit() -> None:
     """Versions that sort the vocabulary hold more per logit."""
     # 1024 sequences * 128,256 * 38 + 8192 tokens * 2 * 4096.
     expected = 4_990_697_472 + 67_108_864
-    assert activation_bytes_per_rank(LLAMA_8B, 1, BatchingLimits(1024, 8192), 38) == expected
+    assert activation_bytes_per_rank(LLAMA_8B, Shape(1), BatchingLimits(1024, 8192), 38) == expected
 
 
 def test_activations_of_fused_experts() -> None:
@@ -123,9 +130,9 @@ def test_activations_of_fused_experts() -> None:
     model = gpt_oss(24, 32)
     # 4 experts a token, each 2 * 2880 in (more than the hidden 2880) and 2880 after the
     # activation: 34,560; residual streams 3 * 2880 = 8640; * 8192 * 2 bytes.
-    assert activation_bytes_per_rank(model, 1, BatchingLimits(8, 8192), 10) == 707_788_800
+    assert activation_bytes_per_rank(model, Shape(1), BatchingLimits(8, 8192), 10) == 707_788_800
     # On two ranks the first product is as wide as the last one: 4 * (2880 + 1440) = 17,280.
-    assert activation_bytes_per_rank(model, 2, BatchingLimits(8, 8192), 10) == 424_673_280
+    assert activation_bytes_per_rank(model, Shape(2), BatchingLimits(8, 8192), 10) == 424_673_280
 
 
 def test_activations_of_shared_and_latent_experts() -> None:
@@ -134,7 +141,7 @@ def test_activations_of_shared_and_latent_experts() -> None:
 
     def peak(experts: Experts) -> int:
         model = ModelShape("m", (Layer(None, experts),), 100, 10, True, 1024)
-        return activation_bytes_per_rank(model, 1, limits, 10)
+        return activation_bytes_per_rank(model, Shape(1), limits, 10)
 
     # Per token, besides 3 * 100 residual: 2 * (max(2 * 40, 100) + 40) = 280, shared output 100.
     assert peak(Experts(8, 2, 40, shared_intermediate_size=40)) == 1024 * 2 * (300 + 380)
@@ -150,7 +157,7 @@ def test_activations_of_latent_attention() -> None:
     # projections on 1024 tokens: 1536 + 576 down, 128 * 192 queries, 128 * 128 before the output:
     # 43,072; residual 3 * 7168 = 21,504. Twice that in bytes.
     expected = 2 * (2_147_483_648 + 1024 * (43_072 + 21_504))
-    assert activation_bytes_per_rank(DEEPSEEK_R1, 1, BatchingLimits(1, 1024), 10) == expected
+    assert activation_bytes_per_rank(DEEPSEEK_R1, Shape(1), BatchingLimits(1, 1024), 10) == expected
 
 
 def test_kv_capacity_worked_in_full() -> None:
@@ -202,7 +209,7 @@ def test_a_device_too_small_has_no_blocks() -> None:
 )
 def test_weights_agree_with_public_logs(model: ModelShape, tp: int, gib: float) -> None:
     """Weights per rank lie within 1 % of what vLLM printed."""
-    assert weight_bytes_per_rank(model, tp) / GIB == pytest.approx(gib, rel=0.01)
+    assert weight_bytes_per_rank(model, Shape(tp)) / GIB == pytest.approx(gib, rel=0.01)
 
 
 def test_blocks_of_a_public_log_follow_from_its_kv_memory() -> None:

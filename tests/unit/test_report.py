@@ -31,6 +31,8 @@ TOP = {
     "bound",
     "gap",
     "metrics",
+    "metrics_interval",
+    "too_close",
     "alternatives",
     "search",
     "provenance",
@@ -145,7 +147,7 @@ def test_plan_text_parses_back(report: planner.PlanReport) -> None:
     defaults = resolve(scenario()).default_limits
     assert report.plan is not None
     plan = parse_plan(report.plan.id, defaults)
-    assert (plan.replicas, plan.tp) == (report.plan.replicas, report.plan.tp)
+    assert (plan.replicas, plan.shape.tp) == (report.plan.replicas, report.plan.tp)
     assert plan.limits.max_num_seqs == report.plan.max_num_seqs
     assert plan.limits.max_num_batched_tokens == report.plan.max_num_batched_tokens
     ids = [row.id for row in report.alternatives]

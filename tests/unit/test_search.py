@@ -38,7 +38,7 @@ def busy(objective: str = "mean_e2e", slo: Any = None, **search: Any) -> Scenari
         cluster=pool(4),
         objective=goal(objective),
         slo=slo,
-        search={"space": SPACE, **search},
+        search={"space": {"pp": [1], **SPACE}, **search},
     )
 
 

@@ -194,9 +194,9 @@ def own_linear_s(tp: int, tokens: int, *, in_graph: bool) -> float:
     """Time of all layers without attention, put together operator by operator."""
     layer = sum(
         float(gemm_s(TABLE, DEVICE, op.dtype, [tokens], op.n, op.k)[0][0])
-        for op in layer_gemms(MODEL, LAYER, tp)
+        for op in layer_gemms(MODEL, LAYER, Shape(tp))
     )
-    streams = elementwise(MODEL, LAYER, tp)
+    streams = elementwise(MODEL, LAYER, Shape(tp))
     layer += streams.kernels * DEVICE.elementwise_launch_s
     layer += streams.bytes_per_token * tokens / DEVICE.elementwise_bytes_per_s
     reduce_s = float(all_reduce_s(TABLE, DEVICE, "graph", tp, [tokens * MODEL.hidden_size])[0][0])
@@ -266,7 +266,7 @@ def test_prompt_attention_telescopes_over_any_chunks(tp: int) -> None:
 def test_sampled_sequences_cost_head_gather_and_sampler(tp: int) -> None:
     """Head projection, gathering of logits over ranks and sampler traffic, by sequences."""
     sampled_s = times_of(tp).sampled_s
-    head = head_gemm(MODEL, tp)
+    head = head_gemm(MODEL, Shape(tp))
     assert head.n == 128_256 // tp
     for n in (1, 64, 256):
         expected = float(gemm_s(TABLE, DEVICE, "bf16", [n], head.n, head.k)[0][0])
@@ -365,7 +365,7 @@ def test_eager_all_reduce_is_the_graphs_and_a_copy(tp: int) -> None:
 
 def provenance(tp: int, tokens: int, sequences: int, context: int) -> dict[str, Provenance]:
     """Labels at one point of operation with prompts as long as the context."""
-    return compiler().provenance(tp, tokens, sequences, context, context)
+    return compiler().provenance(Shape(tp), tokens, sequences, context, context)
 
 
 def test_provenance_names_every_operator_of_a_width() -> None:

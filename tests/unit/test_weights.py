@@ -18,6 +18,7 @@ from simulator.model import (
     Mlp,
     ModelShape,
 )
+from simulator.plan import Shape
 from simulator.units import GIB
 from simulator.weights import (
     active_parameter_count,
@@ -46,7 +47,7 @@ def model(layer: Layer, **changes: object) -> ModelShape:
 
 def bytes_by_name(shape: ModelShape, tp: int = 1) -> dict[str, float]:
     """Bytes of each weight of the first layer on one rank."""
-    return {w.name: w.num_bytes for w in layer_weights(shape, shape.layers[0], tp)}
+    return {w.name: w.num_bytes for w in layer_weights(shape, shape.layers[0], Shape(tp))}
 
 
 @pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
@@ -105,7 +106,7 @@ def test_bytes_of_a_quantised_checkpoint(name: str, gib: float) -> None:
 
 def test_padded_experts_take_what_the_engine_prints() -> None:
     """Issue 23278 of vLLM: the weights of gpt-oss-120b on one device take 65.97 GiB."""
-    taken = weight_bytes_per_rank(read_model("gpt-oss-120b"), 1) / GIB
+    taken = weight_bytes_per_rank(read_model("gpt-oss-120b"), Shape(1)) / GIB
     assert taken == pytest.approx(65.97, rel=0.005)
 
 
@@ -125,7 +126,7 @@ def test_dense_formula(name: str, dtype: str, tp: int) -> None:
     vectors += q_width + 2 * kv_width if mixer.qkv_bias else 0
     layer = rows * shape.hidden_size * (1 if dtype == "fp8" else BF16) + vectors * BF16
     outer = 2 * -(-shape.vocab_size // tp) * shape.hidden_size + shape.hidden_size
-    assert weight_bytes_per_rank(shape, tp) == shape.num_layers * layer + outer * BF16
+    assert weight_bytes_per_rank(shape, Shape(tp)) == shape.num_layers * layer + outer * BF16
 
 
 def test_latent_attention_of_one_layer() -> None:
@@ -149,7 +150,7 @@ def test_copies_take_memory_and_are_no_parameters() -> None:
     shape = model(Layer(mixer, None, norms=0))
     parameters = 64 * (32 + 8) + 64 * 4 * 24 + 32 * 4 * 32 + 4 * 16 * 64 + 32 + 2 * 64_000 + 64
     assert parameter_count(shape) == parameters
-    assert weight_bytes_per_rank(shape, 1) == BF16 * (parameters + 32 * 4 * 32)
+    assert weight_bytes_per_rank(shape, Shape(1)) == BF16 * (parameters + 32 * 4 * 32)
 
 
 def test_values_that_are_keys() -> None:
@@ -157,7 +158,7 @@ def test_values_that_are_keys() -> None:
     plain = model(Layer(Attention(4, 2, 16, 16), None))
     shared = model(Layer(Attention(4, 2, 16, 16, values_are_keys=True), None))
     assert parameter_count(plain) - parameter_count(shared) == 64 * 2 * 16
-    assert weight_bytes_per_rank(plain, 2) == weight_bytes_per_rank(shared, 2)
+    assert weight_bytes_per_rank(plain, Shape(2)) == weight_bytes_per_rank(shared, Shape(2))
 
 
 def test_attention_with_its_options() -> None:
@@ -223,7 +224,7 @@ def test_recurrent_layers() -> None:
 def test_outside_the_layers() -> None:
     """The vocabulary is padded to whole rows per rank, and a tied head is stored once."""
     shape = model(Layer(None, None, norms=0), vocab_size=1001, other_params=7)
-    found = {w.name: w.elements for w in outer_weights(shape, 2)}
+    found = {w.name: w.elements for w in outer_weights(shape, Shape(2))}
     assert found == {"embedding": 501 * 64, "head": 501 * 64, "last norm": 64, "other": 4}
     assert parameter_count(shape) - parameter_count(replace(shape, tie_word_embeddings=True)) == (
         1001 * 64
