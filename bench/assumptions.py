@@ -3,9 +3,10 @@
 ``bench/assumptions.csv`` holds one assumption a line: for which clients, settings and engine
 versions (an empty cell stands for any; ``seats`` of ``load``: the limit on running requests equals
 the load), the name and value of what is assumed, the evidence, and what it changes on the
-development file. A name is a rule of `simulator.rules.Rules`, ``kv_cache_dtype``, or
-``more_in_flight``: requests that a closed loop keeps in flight beyond its load. No line names a
-model.
+development file. A name is a rule of `simulator.rules.Rules`, ``kv_cache_dtype``,
+``more_in_flight``: requests that a closed loop keeps in flight beyond its load, or
+``budget_prompts``: whole prompts that the token budget holds where the row states none. No line
+names a model.
 """
 
 from __future__ import annotations
@@ -40,12 +41,15 @@ class Assumed:
         In place of the one stated; empty: none.
     more_in_flight
         Requests that a closed loop keeps in flight beyond its load.
+    budget_prompts
+        Prompts that an unstated token budget holds; 0: the engine's default budget.
 
     """
 
     rules: Mapping[str, Any]
     kv_cache_dtype: str
     more_in_flight: int
+    budget_prompts: int
 
 
 class _Line(NamedTuple):
@@ -80,6 +84,7 @@ def assumed_of(row: Mapping[str, str], client: Client, release: Release) -> Assu
         rules={n: type(own[n])(int(value)) for n, value in values.items() if n in own},
         kv_cache_dtype=values.get("kv_cache_dtype", ""),
         more_in_flight=int(values.get("more_in_flight", "0")),
+        budget_prompts=int(values.get("budget_prompts", "0")),
     )
 
 

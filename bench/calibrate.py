@@ -24,12 +24,12 @@ import numpy as np
 
 from bench.fit_host import clusters_of
 from bench.held_out import constants_for, stored_fits
-from bench.predictions import WORKERS, predict_all
+from bench.predictions import predict_all
 from bench.runs_csv import parse_where, read_rows
 from bench.serving_files import read_folder
 from bench.serving_predict import Folders, prepare
 from bench.uncovered import UncoveredError
-from planner.calibrate import NOISE, TERMS, Runs
+from planner.calibrate import LEAST_RUNS, NOISE, TERMS, Runs
 from planner.errors import RefusalError
 from planner.io.engines import load_engine
 
@@ -187,20 +187,32 @@ def judge_serving(folder: Path, folders: Folders) -> list[dict[str, Any]]:
             if not seen:
                 continue
             before = load_engine("vllm", _FITTED_ELSEWHERE).host
-            fitted = Runs(_served(seen), _served_logs(seen), _NOISE, before).fit()
+            runs_seen = Runs(_served(seen), _served_logs(seen), _NOISE, before)
+            fitted = runs_seen.fit()
+            refused = f"{len(seen)} runs are too few" if len(seen) < LEAST_RUNS else ""
+            try:
+                if not refused:
+                    runs_seen.check(fitted, runs_seen.judge(fitted))
+            except RefusalError as error:
+                refused = str(error)
+            used = before if refused else fitted.host
             test, measured = _served(unseen), _served_logs(unseen)
             lines.append(
                 {
                     "cluster": label,
                     "tested_on": value,
                     "runs": len(seen),
+                    "refused": refused,
+                    "if_not_refused": mean_errors(test(fitted.host) - measured),
                     "others_before": mean_errors(test(before) - measured),
-                    "others_after": mean_errors(test(fitted.host) - measured),
+                    "others_after": mean_errors(test(used) - measured),
                 }
             )
+            errors = [_text(lines[-1][f"others_{when}"]) for when in ("before", "after")]
+            said = f"; refused: {refused}" if refused else ""
             print(
                 f"{label}: tested on {value} ({len(unseen)} runs): "
-                f"{_text(lines[-1]['others_before'])} before, {_text(lines[-1]['others_after'])}",
+                f"{errors[0]} before, {errors[1]} after{said}",
                 flush=True,
             )
     return lines
@@ -239,7 +251,9 @@ def main() -> None:
     parser.add_argument("--serving", type=Path, help="folder of served runs")
     parser.add_argument("--profiles", type=Path, help="layer tables of cards, for --serving")
     parser.add_argument("--traces", type=Path, help="block hashes, for --serving")
-    parser.add_argument("--workers", type=int, default=WORKERS, help="processes")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes; new ones load compiled code anew"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not args.runs.exists():

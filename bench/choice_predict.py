@@ -87,9 +87,7 @@ class SimulatedRuns:
         calibration = "none" if self.constants == "none" else None
         try:
             case = case_of(run_row, calibration=calibration)
-            problem, plan = case.problem(host_of(case, self.constants))
-            result = problem.start(plan, record_gaps=True).finish()
-            found = case.client.metrics(result, problem.workload)
+            found = case.predict(host_of(case, self.constants), record_gaps=True)
         except UncoveredError as error:
             return Prediction(reason=str(error), fits=str(error) not in _MEMORY_RULES)
         except PlannerError as error:

@@ -19,6 +19,7 @@ from planner.resolve import resolve
 from planner.scenario import Scenario
 from planner.space import broken_rule
 from simulator.plan import Shape, parse_plan
+from simulator.units import MS_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -139,13 +140,17 @@ class Case:
             raise UncoveredError(rule)
         return problem, plan
 
-    def predict(self, host: HostConstants | None = None) -> dict[str, float]:
+    def predict(
+        self, host: HostConstants | None = None, *, record_gaps: bool = False
+    ) -> dict[str, float]:
         """Simulated metrics, named as the columns of ``runs_columns.md``.
 
         Parameters
         ----------
         host
             Host constants in place of the engine version's own.
+        record_gaps
+            Whether gaps between tokens are wanted also where the row has none.
 
         Raises
         ------
@@ -154,8 +159,20 @@ class Case:
 
         """
         problem, plan = self.problem(host)
+        record_gaps = record_gaps or self.row.get("itl_median_ms", "") != ""
+        found = self._metrics(problem, plan, record_gaps)
+        steps = _count(self.row, "scheduler_recv_interval")
+        if steps > 1:
+            # SGLang then takes requests in at every so many decode steps (managers/scheduler.py,
+            # recv_skipper): half of them pass on average before a new one is seen.
+            wait_s = steps / 2 * found["tpot_ms"] / MS_PER_S
+            late = replace(problem, ingress_s=problem.ingress_s + wait_s)
+            found = self._metrics(late, plan, record_gaps)
+        return found
+
+    def _metrics(self, problem: Problem, plan: Plan, record_gaps: bool) -> dict[str, float]:
         try:
-            run = problem.start(plan, record_gaps=self.row.get("itl_median_ms", "") != "")
+            run = problem.start(plan, record_gaps=record_gaps)
         except ValueError as error:
             raise UncoveredError(str(error)) from error
         return self.client.metrics(run.finish(), problem.workload)
@@ -221,7 +238,10 @@ def case_of(row: Row, *, kv_cache_dtype: str | None = None, calibration: str | N
         {**row, "kv_cache_dtype": kv_cache_dtype or row.get("kv_cache_dtype", "")}
     )
     engine: dict[str, Any] = {"name": names.release.engine, "version": names.release.version}
-    engine |= _settings(row, client, names.release.engine)
+    held = row
+    if assumed.budget_prompts and not row.get("max_num_batched_tokens"):
+        held = {**row, "max_num_batched_tokens": str(assumed.budget_prompts * _longest_in(client))}
+    engine |= _settings(held, client, names.release.engine)
     if calibration is not None:
         engine["calibration"] = calibration
     shape, replicas = _shape(row)
@@ -302,6 +322,11 @@ def _shape(row: Row) -> tuple[Shape, int]:
         return (Shape(tp, pp, dp, ep), 1) if joined else (Shape(tp, pp, 1, ep), dp)
     except ValueError as error:
         raise UncoveredError(str(error)) from error
+
+
+def _longest_in(client: Client) -> int:
+    """Longest prompt of a client of fixed lengths, tokens."""
+    return int(client.input_tokens["max"])
 
 
 def _count(row: Row, column: str) -> int:

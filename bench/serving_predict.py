@@ -108,7 +108,7 @@ class Prepared:
     @property
     def kind(self) -> str:
         """Kind of its servers: the device and how many of them each one is wide."""
-        return f"{self.run.device} tp{self.run.servers[0].tp}"
+        return f"{self.run.device} {_shape(self.run.servers[0]).text}"
 
     def predict_s(self, host: HostConstants) -> dict[str, float]:
         """Means of the metrics that were measured, seconds."""
@@ -144,8 +144,6 @@ def prepare(run: ServingRun, folders: Folders) -> Prepared:
     """
     release = release_of(run.engine, run.engine_version)
     checkpoint = checkpoint_of(run.model, weight_dtype=run.weights, kv_cache_dtype=run.kv_cache)
-    if any(server.ep > 1 for server in run.servers):
-        raise UncoveredError("experts spread over devices are not simulated yet")
     try:
         machine = _machine(run.device, checkpoint, release.engine, release.version)
         simulated = [_simulated(machine, run, server, folders) for server in run.servers]
@@ -154,6 +152,8 @@ def prepare(run: ServingRun, folders: Folders) -> Prepared:
     engine = machine.engine
     # Names of one shape (base and instruct) are one cluster, and so are all cards with tables.
     has_tables = simulated[0].tables is not None
+    if has_tables and any(server.ep > 1 for server in run.servers):
+        raise UncoveredError("the card's layer tables hold no experts spread over devices")
     own = "layer tables" if has_tables else f"{machine.device.name}, {_shape_key(machine.model)}"
     name = f"{release.engine} {release.asked}, {own}"
     notes = (release.note, *(() if has_tables else engine.warnings))
@@ -220,7 +220,7 @@ class _Simulated:
         nccl_from = dict(self.machine.engine.nccl_all_reduce_from_bytes)
         if not self.server.custom_all_reduce:
             nccl_from[self.server.tp] = 0
-        key = (self.server.tp, self.batching, self.graphs, *sorted(nccl_from.items()))
+        key = (_shape(self.server), self.batching, self.graphs, *sorted(nccl_from.items()))
         key = (*key, self.max_tokens, self.max_context)
         for_host, cost = self.machine.costs.get(key, (None, None))
         if cost is None or for_host != host:
@@ -237,7 +237,7 @@ class _Simulated:
                 max_context=self.max_context,
             )
             whole = dataclasses.replace(self.batching, max_num_batched_tokens=self.max_tokens)
-            cost = compiler.compile(Shape(self.server.tp), whole)
+            cost = compiler.compile(_shape(self.server), whole)
             self.machine.costs[key] = host, cost
         return cost
 
@@ -294,7 +294,7 @@ def _simulated(machine: _Machine, run: ServingRun, server: Server, folders: Fold
     layout = kv_layout(model, server.tp, memory.block_tokens, memory.state_dtype)
     blocks = server.num_blocks
     if blocks is None:
-        blocks = memory_budget(model, device, Shape(server.tp), batching, memory).num_blocks
+        blocks = memory_budget(model, device, _shape(server), batching, memory).num_blocks
         if server.max_model_len is not None:
             # It started, so it holds at least one longest request.
             blocks = max(blocks, layout.pages(server.max_model_len))
@@ -334,6 +334,11 @@ def _simulated(machine: _Machine, run: ServingRun, server: Server, folders: Fold
         tables=tables,
         table=table,
     )
+
+
+def _shape(server: Server) -> Shape:
+    """How a server is spread over devices."""
+    return Shape(server.tp, ep=server.ep)
 
 
 def _longest(server: Server, model: ModelShape | None) -> int:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from planner.candidates import Candidate, Fate
+from planner.certificate import certificate, to_text
 from planner.errors import InfeasibleError, InputError, LimitError, RefusalError
 from planner.infeasible import explain_empty_space, explain_slo
-from planner.objective import Outcome
+from planner.objective import Outcome, needs_gaps
 from planner.provenance import operator_labels, provenance_of, warnings_of
 from planner.report import (
     Alternative,
@@ -44,6 +45,8 @@ def solve(
     *,
     exhaustive: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    on_certificate: Callable[[str], None] | None = None,
+    warm_start: str | None = None,
 ) -> PlanReport:
     """Find the best plan and prove it.
 
@@ -55,6 +58,11 @@ def solve(
         Also simulate every plan to the end and compare.
     on_progress
         Called as plans are settled.
+    on_certificate
+        Called with the certificate's text, which ``planner verify`` checks.
+    warm_start
+        Text of a plan to simulate first, such as an earlier answer; one that is not in the space
+        changes nothing.
 
     Returns
     -------
@@ -69,14 +77,22 @@ def solve(
         When a limit stopped the search before any plan was found.
     """
     problem = resolve(scenario)
-    found = Search(problem, problem.objective, problem.constraints, on_progress=on_progress).run()
+    found = Search(
+        problem,
+        problem.objective,
+        problem.constraints,
+        on_progress=on_progress,
+        first=None if warm_start is None else parse_plan(warm_start, problem.default_limits),
+    ).run()
+    if on_certificate is not None and (found.best is not None or found.proved):
+        on_certificate(to_text(certificate(scenario, problem, found)))
     if found.best is None:
         if not found.proved:
             raise LimitError(
                 f"stopped by {found.stopped_by} before any plan was found; raise "
                 "search.time_limit_s or search.work_limit"
             )
-        return _infeasible_report(problem, found)
+        return _infeasible_report(problem, scenario, found)
     summary = _search_summary(found)
     if exhaustive:
         summary = replace(summary, exhaustive=_exhaust(problem, found, on_progress))
@@ -240,6 +256,7 @@ def _alternatives(
     objective = problem.objective
     chosen_value = objective.value(best.score[0])
     shapes: dict[tuple[int, Shape], Candidate] = {}
+    with_gaps = needs_gaps(objective, problem.constraints)
 
     def order(candidate: Candidate) -> tuple[bool, bool, object]:
         default = candidate.plan.limits == problem.default_limits
@@ -254,7 +271,7 @@ def _alternatives(
     for candidate in shapes.values():
         score, broken = candidate.score, candidate.broken
         if not candidate.exact:
-            result = problem.start(candidate.plan).finish()
+            result = problem.start(candidate.plan, record_gaps=with_gaps).finish()
             outcome = Outcome.of(result, candidate.plan.devices)
             score = objective.score(outcome)
             broken = tuple(c.name for c in problem.constraints if c.is_broken(outcome))
@@ -315,10 +332,10 @@ def _exhaust(
     }
 
 
-def _infeasible_report(problem: Problem, found: SearchResult) -> PlanReport:
+def _infeasible_report(problem: Problem, scenario: Scenario, found: SearchResult) -> PlanReport:
     deterministic = True
     if found.space.plans:
-        reason, relaxation, deterministic = explain_slo(problem)
+        reason, relaxation, deterministic = explain_slo(problem, scenario)
     else:
         reason, relaxation = explain_empty_space(problem, found.space)
     return PlanReport(

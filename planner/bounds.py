@@ -15,7 +15,7 @@ formula, so a new calibration or table cannot break them. They rest on these fac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from simulator.run import Run
     from simulator.timing import IterationCost
+    from simulator.workload import Workload
 
     Floats = npt.NDArray[np.float64]
     Ints = npt.NDArray[np.int64]
@@ -51,8 +52,12 @@ _CONTEXTS_PER_OCTAVE = 4
 next smaller one is held, which fact 1 makes a bound."""
 
 
-_ROUNDING = 1.0 - 1e-12
-"""Sums of a few floating-point numbers are off by parts in 1e15; bounds stay below the truth."""
+SLOPE_UNIT: Final = 1024
+"""Slopes count in this part of a picosecond per token: a prompt of 100,000 tokens loses 0.1 ns to
+their rounding, and products with its tokens stay far below 2^63."""
+
+_LINES: Final = 8
+"""Shares of the budget at which a support line is drawn; more change no bound by 0.1 %."""
 
 
 @compiled
@@ -101,13 +106,122 @@ def _lower_hull(values: Ints, corners: Ints) -> int:
 
 
 @dataclass(frozen=True)
-class CostFloors:
-    """Least times that follow from one iteration cost under one token budget; picoseconds.
+class StageSupport:
+    """What was read off the cost of one kind of pipeline stage; B is the token budget.
+
+    Parameters
+    ----------
+    each_ps
+        What every iteration with prompt tokens adds to ``mixed_ps``: attention's launch and host.
+    first_token_ps
+        Sampling of one sequence.
+    pass_ps
+        Least time of an iteration with a prompt token.
+    lines
+        Pairs ``(a, b)``: ``a t / SLOPE_UNIT + b <= mixed_ps[t]`` for every t in 1 .. B. Along each
+        an iteration costs at least ``b + each_ps >= 0``, whatever its tokens.
+    work_ps
+        Per token: ``work_ps t <= mixed_ps[t] + each_ps`` for every t in 1 .. B.
+    """
+
+    each_ps: int
+    first_token_ps: int
+    pass_ps: int
+    lines: tuple[tuple[int, int], ...]
+    work_ps: int
+
+    @classmethod
+    def of(cls, cost: IterationCost, kind: int, budget: int) -> StageSupport:
+        """Read the support of one kind of stage."""
+        mixed_ps = cost.mixed_ps[kind, : budget + 1]
+        tokens = np.arange(1, budget + 1)
+        each_ps = int(decode_attention_ps(cost, kind, 0, 0) + cost.host_ps[kind])
+        return cls(
+            each_ps=each_ps,
+            first_token_ps=int(cost.sampled_ps[kind, 1]),
+            pass_ps=int(iteration_ps(cost, kind, 1, 0, 0, 0, 0, True)),
+            lines=tuple(line for line in _lines_below(mixed_ps) if line[1] + each_ps >= 0),
+            work_ps=int(np.min((mixed_ps[1:] + each_ps) // tokens)),
+        )
+
+    def prompt_ps(self, cost: IterationCost, kind: int, budget: int) -> Ints:
+        """(L + 1,) least time that the chunks of a prompt take, one after the other.
+
+        One chunk costs its own time; k >= 2 of them, k >= l / B, cost ``a l + k (b + each)`` or
+        more along a line ``(a, b)``, which grows with k.
+        """
+        lengths = np.arange(cost.max_context + 1)
+        chunks = np.maximum(2, -(-lengths // budget))
+        prompt_ps = np.zeros(len(lengths), np.int64)
+        for slope, start_ps in self.lines:
+            split_ps = slope * lengths // SLOPE_UNIT + chunks * (start_ps + self.each_ps)
+            prompt_ps = np.maximum(prompt_ps, split_ps)
+        fits = min(budget, cost.max_context)
+        whole_ps = cost.mixed_ps[kind, : fits + 1] + self.each_ps
+        prompt_ps[: fits + 1] = np.minimum(prompt_ps[: fits + 1], whole_ps)
+        return prompt_ps + cost.prefill_ps[kind] + self.first_token_ps
+
+
+@dataclass(frozen=True)
+class Support:
+    """What was read off one cost: all that the bounds of one budget and number of seats rest on.
+
+    Every entry is checked by looking at each batch size once (``planner/verify_bounds.py`` does),
+    so that a certificate which carries them can be judged without knowing how they were found.
 
     Parameters
     ----------
     budget_tokens
         Token budget of one iteration.
+    kinds
+        Support of each kind of pipeline stage.
+    contexts, decode_ps
+        Least time of an iteration that emits a token at each of these contexts, ascending from 1;
+        held until the next.
+    """
+
+    budget_tokens: int
+    kinds: tuple[StageSupport, ...]
+    contexts: tuple[int, ...]
+    decode_ps: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cost: IterationCost, budget_tokens: int, seqs: int) -> Support:
+        """Read the support of ``cost`` for a budget and a number of seats."""
+        budget = min(budget_tokens, cost.max_tokens)
+        contexts, decode_ps = _decode_floors_at(cost, seqs)
+        return cls(
+            budget_tokens=budget,
+            kinds=tuple(StageSupport.of(cost, k, budget) for k in range(len(cost.host_ps))),
+            contexts=tuple(map(int, contexts)),
+            decode_ps=tuple(map(int, decode_ps)),
+        )
+
+
+def _lines_below(mixed_ps: Ints) -> list[tuple[int, int]]:
+    """Lines below ``mixed_ps`` at every token count, along its lower hull."""
+    budget = len(mixed_ps) - 1
+    corners = np.zeros(budget, np.int64)
+    corners = corners[: _lower_hull(mixed_ps, corners)]
+    tokens = np.arange(1, budget + 1)
+    # A prompt beyond the budget is cut into chunks of more than half a budget on average.
+    lines = {(0, int(mixed_ps[1:].min()))}
+    for share in np.linspace(budget / 4, budget, _LINES):
+        right = min(max(1, int(np.searchsorted(corners, share))), len(corners) - 1)
+        a, b = corners[max(0, right - 1)], corners[right]
+        if a < b:
+            slope = int((mixed_ps[b] - mixed_ps[a]) * SLOPE_UNIT // (b - a))
+            least = (mixed_ps[1:] * SLOPE_UNIT - slope * tokens).min()
+            lines.add((slope, int(least // SLOPE_UNIT)))
+    return sorted(lines)
+
+
+@dataclass(frozen=True)
+class CostFloors:
+    """Least times that follow from one iteration cost under one token budget; picoseconds.
+
+    Parameters
+    ----------
     prompt_ps
         (L + 1,) least time from admission to first token of a prompt of ``l`` tokens.
     prompt_work_ps
@@ -115,12 +229,14 @@ class CostFloors:
     decode_ps
         (L + 2,) running sum of the least time per emitted token: tokens emitted at contexts
         ``a .. b - 1`` take at least ``decode_ps[b] - decode_ps[a]``.
+    support
+        What they were derived from, or ``None`` for floors that say nothing.
     """
 
-    budget_tokens: int
     prompt_ps: Ints
     prompt_work_ps: Ints
     decode_ps: Ints
+    support: Support | None
 
     @classmethod
     def of(cls, cost: IterationCost, budget_tokens: int, seqs: int) -> CostFloors:
@@ -128,69 +244,42 @@ class CostFloors:
 
         Every chunk of a prompt passes through each pipeline stage in turn. At one of them the
         chunks follow one another; before it the first chunk and after it the last one has passed
-        all others.
+        all others. Work queues at one stage: sums of each prompt's own worst stage would not bound
+        anything, so the stage at which the longest prompt takes longest stands for all.
         """
-        budget = min(budget_tokens, cost.max_tokens)
-        passes_ps = [_least_pass_ps(cost, int(kind)) for kind in cost.stages]
-        prompt_ps, work_ps = np.zeros((2, cost.max_context + 1), np.int64)
-        for stage, kind in enumerate(cost.stages):
-            own_ps, share_ps = _prompt_floors(cost, int(kind), budget)
-            others_ps = sum(passes_ps) - passes_ps[stage]
-            if len(cost.stages) > 1:
-                others_ps += (len(cost.stages) - 1) * int(cost.send_ps[1])
-            prompt_ps = np.maximum(prompt_ps, own_ps + others_ps)
-            work_ps = np.maximum(work_ps, share_ps)
-        sums_ps = _decode_sums_ps(cost, seqs, cost.max_context)
-        return cls(budget, prompt_ps, work_ps, sums_ps)
+        support = Support.of(cost, budget_tokens, seqs)
+        longest, budget = cost.max_context, support.budget_tokens
+        kinds = [int(kind) for kind in cost.stages]
+        sends_ps = (len(kinds) - 1) * int(cost.send_ps[1]) if len(kinds) > 1 else 0
+        all_ps = sum(support.kinds[kind].pass_ps for kind in kinds) + sends_ps
+        prompt_ps = np.zeros(longest + 1, np.int64)
+        for kind in sorted(set(kinds)):
+            stage = support.kinds[kind]
+            others_ps = all_ps - stage.pass_ps
+            prompt_ps = np.maximum(prompt_ps, stage.prompt_ps(cost, kind, budget) + others_ps)
+        works_ps = [
+            support.kinds[kind].work_ps * np.arange(longest + 1) + cost.prefill_ps[kind]
+            for kind in sorted(set(kinds))
+        ]
+        held = np.searchsorted(support.contexts, np.arange(1, longest + 1), side="right") - 1
+        decode_ps = np.cumsum(np.array(support.decode_ps)[held])
+        return cls(
+            prompt_ps,
+            max(works_ps, key=lambda work_ps: int(work_ps[-1])),
+            np.concatenate([np.zeros(2, np.int64), decode_ps]),
+            support,
+        )
 
     @classmethod
     def none(cls, cost: IterationCost) -> CostFloors:
         """Floors that say nothing: for what the facts above do not cover."""
         zeros = np.zeros(cost.max_context + 2, np.int64)
-        return cls(cost.max_tokens, zeros[:-1], zeros[:-1], zeros)
+        return cls(zeros[:-1], zeros[:-1], zeros, None)
 
 
-def _least_pass_ps(cost: IterationCost, kind: int) -> int:
-    """Least time that an iteration with a prompt token takes on one stage."""
-    return int(iteration_ps(cost, kind, 1, 0, 0, 0, 0, True))
-
-
-def _prompt_floors(cost: IterationCost, kind: int, budget: int) -> tuple[Ints, Ints]:
-    """``prompt_ps`` and ``prompt_work_ps`` of one pipeline stage; see :class:`CostFloors`."""
+def _decode_floors_at(cost: IterationCost, seqs: int) -> tuple[Ints, Ints]:
+    """Contexts, four to each factor of two, and the least time of emitting a token at each."""
     longest = cost.max_context
-    mixed_ps, prefill_ps = cost.mixed_ps[kind, : budget + 1], cost.prefill_ps[kind]
-    tokens = np.arange(1, budget + 1)
-    per_token_ps = mixed_ps[1:] / tokens
-    cheapest = int(np.argmin(per_token_ps)) + 1
-    least_per_token_ps = float(per_token_ps[cheapest - 1])
-    each_ps = int(decode_attention_ps(cost, kind, 0, 0) + cost.host_ps[kind])
-    lengths = np.arange(longest + 1)
-
-    # One chunk costs its own time. k chunks of together l tokens cost at least k times the
-    # hull at l / k, and beyond its cheapest point at least its cheapest rate.
-    corners = np.zeros(budget, np.int64)
-    used = _lower_hull(mixed_ps, corners)
-    corners = corners[:used]
-    chunks = np.maximum(2, -(-lengths // budget))
-    share = lengths / chunks
-    hull_ps = np.interp(share, corners, mixed_ps[corners])
-    hull_ps = np.where(share > cheapest, least_per_token_ps * share, hull_ps)
-    split_ps = chunks * (hull_ps + each_ps)
-    whole_ps = np.full(longest + 1, np.inf)
-    fits = min(budget, longest)
-    whole_ps[: fits + 1] = mixed_ps[: fits + 1] + each_ps
-    prompt_ps = _down(np.minimum(whole_ps, split_ps)) + prefill_ps + cost.sampled_ps[kind, 1]
-
-    work_ps = _down((least_per_token_ps + each_ps / budget) * lengths) + prefill_ps
-    return prompt_ps, work_ps
-
-
-def _down(bound_ps: npt.NDArray[np.floating[Any]]) -> Ints:
-    """Whole picoseconds below a bound computed in floating point."""
-    return np.maximum(0, np.floor(bound_ps * _ROUNDING)).astype(np.int64)
-
-
-def _decode_sums_ps(cost: IterationCost, seqs: int, longest: int) -> Ints:
     octaves = int(np.ceil(np.log2(max(2, longest))))
     steps = np.arange(octaves * _CONTEXTS_PER_OCTAVE + 1) / _CONTEXTS_PER_OCTAVE
     contexts = np.unique(np.round(2.0**steps).astype(np.int64))
@@ -206,8 +295,7 @@ def _decode_sums_ps(cost: IterationCost, seqs: int, longest: int) -> Ints:
     dearer = len(cost.stages) == 1 and bool(np.diff(prefill_ps[0]).max() <= own_iteration_ps)
     recompute_ps = prefill_ps if dearer else np.zeros_like(prefill_ps)
     _decode_floors(cost, contexts, recompute_ps, rows, floors_ps)
-    held = floors_ps[np.searchsorted(contexts, np.arange(1, longest + 1), side="right") - 1]
-    return np.concatenate([np.zeros(2, np.int64), np.cumsum(held)])
+    return contexts, floors_ps
 
 
 @dataclass(frozen=True)
@@ -313,3 +401,17 @@ def run_bounds(run: Run, floors: CostFloors) -> Bounds:
     known = arrival_ps != NEVER_PS
     ends_ps = arrival_ps[known] + last_ps[known]
     return Bounds(values, float(in_s(ends_ps.max() - arrival_ps[known].min())))
+
+
+def gap_bounds(workload: Workload, floors: CostFloors) -> tuple[Floats, Ints]:
+    """Lower bounds on the gaps between tokens, seconds, and how many gaps have each.
+
+    A gap ends with an iteration that emits a token at the request's context (fact 3), so sorted
+    floors are below sorted gaps, entry by entry.
+    """
+    starts = np.bincount(workload.prompt_tokens + 1, minlength=len(floors.decode_ps))
+    ends = np.bincount(
+        workload.prompt_tokens + workload.output_tokens, minlength=len(floors.decode_ps)
+    )
+    tokens = np.cumsum(starts - ends)[: len(floors.decode_ps) - 1]
+    return in_s(np.diff(floors.decode_ps)), tokens

@@ -50,6 +50,9 @@ class Candidate:
         Iterations simulated for it.
     result
         The finished run where it was simulated.
+    seen, seen_at
+        The plan whose unfinished run raised the bound, its own or one that runs alike so far, and
+        the iterations of that run; ``None`` and 0 where the bound is that before any simulation.
     twin
         The plan whose run it shares, where it is identical to one.
     broken
@@ -63,8 +66,15 @@ class Candidate:
     fate: Fate = Fate.OPEN
     iterations: int = 0
     result: RunResult | None = None
+    seen: Plan | None = None
+    seen_at: int = 0
     twin: Plan | None = None
     broken: tuple[str, ...] = ()
+
+    def raise_to(self, score: Score, seen: Plan, iterations: int) -> None:
+        """Raise the bound to ``score``, which ``iterations`` of the run of ``seen`` show."""
+        if score > self.score:
+            self.score, self.seen, self.seen_at = score, seen, iterations
 
     @property
     def key(self) -> tuple[Score, int]:

@@ -17,12 +17,17 @@ TOLERANCE: Final = 0.01
 """Relative change of a metric that is let pass. Locks hold four digits; a per cent is well below
 the model's own error, and well above what another CPU's arithmetic moves."""
 
+_SHIPPED: Final = frozenset({"planner", "rules", "model", "device", "network"})
+"""Inputs that come with the planner and are digests of what it makes of them: another version can
+hold the same facts in another form, so they count by what they lead to."""
+
 _DIGEST_CHARS: Final = 12
 _ABSENT: Final = object()
 
 _WHAT: Final = {
     "trace": "requests of the workload",
     "table": "kernel table",
+    "rules": "engine's rules",
     "model": "shape of the model",
     "device": "facts of the device",
     "network": "links of the pool",
@@ -81,13 +86,13 @@ class CheckResult:
 
     @property
     def passed(self) -> bool:
-        """Whether all is as locked; another planner version that leads to the same is."""
+        """Whether all is as locked; other facts of the planner that lead to the same are."""
         return not self.results and not (self.inputs_count and self.stale)
 
     @property
     def stale(self) -> bool:
-        """Whether an input other than the planner's own version changed."""
-        return any(not d.what.startswith("planner.") for d in self.inputs)
+        """Whether an input changed that is not only a fact of the planner's own."""
+        return any(d.what.partition(".")[0] not in _SHIPPED for d in self.inputs)
 
     @property
     def causes(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from planner.commands.lock import check, lock
 from planner.commands.scenario import init, schema
 from planner.commands.simulate import simulate
 from planner.commands.solve import solve
+from planner.commands.verify import verify
 from planner.errors import PlannerError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _COMMANDS: Final[Mapping[str, Callable[..., None]]] = {
     "solve": solve,
     "simulate": simulate,
+    "verify": verify,
     "lock": lock,
     "check": check,
     "calibrate": calibrate,

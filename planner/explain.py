@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 from planner.api import simulate_requests
 from planner.candidates import Fate
 from planner.compare import Comparison, compare_sides, side_of
-from planner.errors import InputError, LimitError
+from planner.errors import LimitError
 from planner.objective import Outcome
 from planner.operators import operator_times_ms
+from planner.plan_text import read_plan
 from planner.resolve import resolve
 from planner.search import Search
 from planner.space import broken_rule, explain_rule
-from simulator.plan import parse_plan
 
 if TYPE_CHECKING:
     from planner.candidates import Candidate
@@ -108,12 +108,7 @@ def explain(scenario: Scenario, plan_text: str) -> Explanation:
 
     """
     problem = resolve(scenario)
-    try:
-        plan = parse_plan(plan_text, problem.default_limits)
-    except ValueError as error:
-        raise InputError(
-            source="--plan", field="", value=plan_text, rule=f"is not a plan: {error}"
-        ) from None
+    plan = read_plan(problem, plan_text)
     text = problem.plan_text(plan)
     rule = broken_rule(problem, plan)
     if rule is not None:

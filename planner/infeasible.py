@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
 from planner.engine_settings import OWN_NAMES
-from planner.objective import TICKS_PER_S, ExcessObjective, Outcome
+from planner.errors import InputError
+from planner.objective import ITL, TICKS_PER_S, ExcessObjective, Outcome
+from planner.resolve import resolve
+from planner.scenario import Scenario
 from planner.search import Search
 from planner.space import DEVICES, KV_CACHE, WEIGHTS, broken_rule, can_launch, explain_rule
 from simulator.plan import BatchingLimits, Plan, Shape
 from simulator.units import GIB, MS_PER_S
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from planner.objective import Constraint
     from planner.problem import Problem
     from planner.space import Space
 
 
-def explain_slo(problem: Problem) -> tuple[str, str, bool]:
-    """Reason and relaxation where every plan that can run breaks an SLO.
+def explain_slo(problem: Problem, scenario: Scenario) -> tuple[str, str, bool]:
+    """Reason and relaxations where every plan that can run breaks an SLO.
 
     The plan that exceeds its worst-kept limit least is found with the same search, so the
     relaxation is the least common stretch of all limits under which some plan is feasible.
@@ -31,7 +38,9 @@ def explain_slo(problem: Problem) -> tuple[str, str, bool]:
     if best is None:
         unknown = "the nearest was not found within the search's limits"
         return "no plan meets the SLOs", unknown, nearest.deterministic
-    outcome = Outcome.of(problem.start(best.plan).finish(), best.plan.devices)
+    gaps = any(c.metric == ITL for c in problem.constraints)
+    result = problem.start(best.plan, record_gaps=gaps).finish()
+    outcome = Outcome.of(result, best.plan.devices)
     broken = [c for c in problem.constraints if c.is_broken(outcome)]
     figures = ", ".join(
         f"{c.name} {c.ticks(outcome) / _TICKS_PER_MS:.1f} ms against {c.limit_ms:g} ms"
@@ -42,9 +51,98 @@ def explain_slo(problem: Problem) -> tuple[str, str, bool]:
     )
     how_near = "the nearest" if nearest.proved else "the nearest found within the search's limits"
     reason = f"no plan meets the SLOs; {how_near}, {problem.plan_text(best.plan)}, has {figures}"
+    conflict = conflicting(problem)
+    if len(conflict) > 1:
+        reason += f"; in conflict: {' and '.join(c.name for c in conflict)}"
+    elif len(problem.constraints) > 1:
+        reason += f"; {conflict[0].name} alone cannot be met"
     fits = "smallest change that fits" if nearest.proved else "a change that fits"
-    return reason, f"{fits}: {changes}", nearest.deterministic
+    others = "".join(f"; or {change}" for change in other_axes(scenario))
+    return reason, f"{fits}: {changes}{others}", nearest.deterministic
 
+
+def conflicting(problem: Problem) -> tuple[Constraint, ...]:
+    """A smallest set of SLOs that no plan meets together: without any one of them some plan does.
+
+    A deletion filter: each SLO in turn is left out for good where the others still conflict.
+    """
+    kept = problem.constraints
+    for constraint in problem.constraints:
+        others = tuple(c for c in kept if c is not constraint)
+        if others and not _has_plan(problem, others):
+            kept = others
+    return kept
+
+
+def _has_plan(problem: Problem, constraints: tuple[Constraint, ...]) -> bool:
+    """Whether some plan meets ``constraints``; true also where that was not settled in time."""
+    limits = replace(problem.search_limits, work_limit=_RELAXATION_ITERATIONS)
+    asked = replace(problem, search_limits=limits)
+    found = Search(asked, ExcessObjective(constraints), constraints, any_plan=True).run()
+    return found.best is not None or not found.proved
+
+
+def other_axes(scenario: Scenario) -> tuple[str, ...]:
+    """Changes of rate and of devices that each make some plan feasible, solved to be sure."""
+    changes = []
+    rate = scenario.workload.request_rate
+    if rate is not None:
+        lower = _least(lambda n: _is_feasible(scenario, rate=rate * (1 - n / _RATE_STEPS)))
+        if lower is not None:
+            changes.append(f"workload.request_rate: {_rate(rate, lower):g}")
+    nodes = scenario.cluster.pools[0].nodes
+    more = _least(lambda n: _is_feasible(scenario, nodes=nodes + n))
+    if more is not None:
+        changes.append(f"cluster.pools.0.nodes: {nodes + more}")
+    return tuple(changes)
+
+
+def _rate(rate: float, steps: int) -> float:
+    """``rate`` less so many steps, in digits that a person would write."""
+    return float(f"{rate * (1 - steps / _RATE_STEPS):.4g}")
+
+
+def _least(is_enough: Callable[[int], bool]) -> int | None:
+    """The least of 1 .. ``_RATE_STEPS - 1`` that is enough, found by doubling and bisection.
+
+    Where being enough is not monotone, it is one that is, below which the last one tried is not.
+    """
+    low, high = 0, 1
+    while not is_enough(high):
+        low, high = high, 2 * high
+        if high >= _RATE_STEPS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
+
+
+def _is_feasible(
+    scenario: Scenario, *, rate: float | None = None, nodes: int | None = None
+) -> bool:
+    """Whether the scenario with another rate or number of nodes has a plan, by solving it."""
+    data = scenario.model_dump(mode="json", exclude_none=True)
+    if rate is not None:
+        data["workload"]["request_rate"] = float(f"{rate:.4g}")
+    if nodes is not None:
+        data["cluster"]["pools"][0]["nodes"] = nodes
+    try:
+        changed = Scenario.model_validate(data, base_dir=scenario.base_dir, source=scenario.source)
+        problem = resolve(changed)
+    except InputError:  # such as a second node without a network to it
+        return False
+    limits = replace(problem.search_limits, work_limit=_RELAXATION_ITERATIONS)
+    asked = replace(problem, search_limits=limits)
+    excess = ExcessObjective(problem.constraints)
+    return Search(asked, excess, problem.constraints, any_plan=True).run().best is not None
+
+
+_RELAXATION_ITERATIONS: Final = 1_000_000
+"""Iterations that each question about a changed scenario may take: seconds."""
+
+_RATE_STEPS: Final = 16
+"""Parts of the request rate in which a lower one is looked for, and nodes that may be added."""
 
 _TICKS_PER_MS = TICKS_PER_S / MS_PER_S
 

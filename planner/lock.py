@@ -168,11 +168,8 @@ def inputs_of(scenario: Scenario, problem: Problem) -> dict[str, Any]:
         "planner": {"version": known["planner"], "semantics": known["semantics"]},
         "trace": known["workload"],
         "table": known["kernel_table"],
-        "engine": {
-            "name": engine.pop("name"),
-            "version": engine.pop("version"),
-            "rules": digest_of(_plain(profile)),
-        },
+        "engine": {"name": engine.pop("name"), "version": engine.pop("version")},
+        "rules": digest_of(_plain(profile)),
         "calibration": _plain(engine),
         "model": digest_of(_plain(problem.model)),
         "device": digest_of(_plain((problem.device, problem.price_per_hour))),

@@ -13,7 +13,23 @@ if TYPE_CHECKING:
     from simulator.plan import Plan
 
 
-def require_plan(problem: Problem, text: str, *, source: str = "--plan") -> Plan:
+def read_plan(problem: Problem, text: str) -> Plan:
+    """The plan that ``text`` names, whether it can run or not.
+
+    Raises
+    ------
+    InputError
+        When ``text`` is no plan.
+
+    """
+    try:
+        return parse_plan(text, problem.default_limits)
+    except ValueError as error:
+        rule = f"is not a plan: {error}"
+        raise InputError(source="--plan", field="", value=text, rule=rule) from None
+
+
+def require_plan(problem: Problem, text: str) -> Plan:
     """The plan that ``text`` names, which the engine can launch on this pool.
 
     Parameters
@@ -22,8 +38,6 @@ def require_plan(problem: Problem, text: str, *, source: str = "--plan") -> Plan
         What it is to run on.
     text
         For example ``2xtp4:seqs=256``.
-    source
-        What a message calls it by.
 
     Raises
     ------
@@ -35,12 +49,7 @@ def require_plan(problem: Problem, text: str, *, source: str = "--plan") -> Plan
         When the plan does not fit into memory.
 
     """
-    try:
-        plan = parse_plan(text, problem.default_limits)
-    except ValueError as error:
-        raise InputError(
-            source=source, field="", value=text, rule=f"is not a plan: {error}"
-        ) from None
+    plan = read_plan(problem, text)
     rule = broken_rule(problem, plan)
     if rule is not None:
         reason = f"plan {text}: {rule}: {explain_rule(problem, plan, rule)}"

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Values that plans are built from, each ascending."""
+    """Values that plans are built from, each ascending, and patterns of plans to leave out."""
 
     shapes: tuple[Shape, ...]
     replicas: tuple[int, ...]
     max_num_seqs: tuple[int, ...]
     max_num_batched_tokens: tuple[int, ...]
+    forbid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from planner.errors import InputError
 from planner.export.flags import launch_commands
+from planner.io.json_file import read_object
 from simulator.metrics import overloaded, summary
 from simulator.units import GIB
 
@@ -244,6 +247,22 @@ def run_metrics(problem: Problem, plan: Plan, result: RunResult) -> dict[str, fl
         cost = problem.price_per_hour * plan.devices
         out["cost_per_million_output_tokens"] = cost / tokens_per_hour * 1e6
     return out
+
+
+def plan_of_report(path: str) -> str:
+    """The plan's text in a report that ``solve --json`` wrote.
+
+    Raises
+    ------
+    InputError
+        When the file is no such report, or no plan was found in it.
+    """
+    plan = read_object(Path(path), source=path).get("plan")
+    name = plan.get("id") if isinstance(plan, dict) else None
+    if not isinstance(name, str):
+        rule = "names no plan: give a report of a solve that found one"
+        raise InputError(source=path, field="plan.id", value=name, rule=rule)
+    return name
 
 
 def dump_json(data: object) -> str:

@@ -19,7 +19,7 @@ from planner.io.engines import load_engine
 from planner.io.hf_config import read_model
 from planner.io.profiles import kernel_table_digest
 from planner.layouts import expert_groups_offered
-from planner.objective import Constraint, Objective
+from planner.objective import Constraint, objective_of
 from planner.problem import Problem, SearchLimits, SearchSpace
 from planner.requests import digest_of, requests_of
 from planner.topology import pool_fabric
@@ -167,7 +167,13 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         ingress_s=host.ingress_s,
         space=space,
         search_limits=SearchLimits(scenario.search.time_limit_s, scenario.search.work_limit),
-        objective=Objective(scenario.objective.name, int(workload.output_tokens.sum())),
+        objective=objective_of(
+            scenario.objective,
+            workload,
+            price_per_hour=price,
+            goodput_limits_s=_goodput_limits_s(scenario),
+            source=source,
+        ),
         constraints=_constraints(scenario),
         goodput_limits_s=_goodput_limits_s(scenario),
         provenance={
@@ -279,6 +285,7 @@ def _space(
         replicas=spec.replicas or tuple(range(1, pool.num_devices + 1)),
         max_num_seqs=(pinned_seqs,) if pinned_seqs else spec.max_num_seqs,
         max_num_batched_tokens=(pinned_tokens,) if pinned_tokens else tokens,
+        forbid=spec.forbid,
     )
 
 

@@ -25,17 +25,14 @@ from planner.engine_settings import OWN_NAMES
 from planner.errors import NO_VALUE, InputError, nearest
 from planner.io.yaml_file import read_mapping
 from planner.scenario_errors import refuse, to_input_error
+from planner.scenario_goals import GoodputSpec, Limits, ObjectiveSpec, SloSpec
 from planner.scenario_sections import (
     ClusterSpec,
     EngineSpec,
-    GoodputSpec,
-    Limits,
     ModelSpec,
-    ObjectiveSpec,
     PoolSpec,
     SearchSpec,
     Section,
-    SloSpec,
     SpaceSpec,
 )
 from planner.scenario_workload import LengthRange, LognormalLength, WorkloadSpec

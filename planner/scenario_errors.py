@@ -119,7 +119,7 @@ def _describe(detail: ErrorDetails, root: type[BaseModel]) -> tuple[object, str]
         extra = ": write schema_version: 1" if loc == ("schema_version",) else ""
         return NO_VALUE, f"required field is missing{extra}"
     if kind == "literal_error":
-        return given, _literal(given, str(context["expected"]), loc)
+        return given, _literal(given, str(context["expected"]))
     shown = NO_VALUE if given is None else given
     return shown, _type_or_range(kind, given, loc, context, root)
 
@@ -206,13 +206,11 @@ def _unit(name: str) -> str:
     return ""
 
 
-def _literal(given: object, expected: str, loc: Sequence[int | str]) -> str:
+def _literal(given: object, expected: str) -> str:
     """Rule for a value outside a closed list."""
     options = re.findall(r"'([^']*)'", expected)
     close = nearest(given, options) if isinstance(given, str) else None
     hint = f"; did you mean {close!r}?" if close else ""
-    if loc[-1] == "minimize" and given == "throughput":
-        hint = "; write maximize: throughput"
     if len(options) == 1:
         return f"must be {options[0]!r}"
     return f"must be one of {', '.join(options)}{hint}"

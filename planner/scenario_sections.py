@@ -77,6 +77,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def without_unset(data: dict[str, Any], *names: str) -> dict[str, Any]:
+    """``data`` without those of ``names`` that are not set.
+
+    A field added since the first version is no part of a scenario that does not set it.
+    """
+    return {k: v for k, v in data.items() if v or k not in names}
+
+
 class ModelSpec(Section):
     """The checkpoint to serve."""
 
@@ -135,6 +143,12 @@ class ClusterSpec(Section):
     """Pools of devices; exactly one in this version."""
     router: Literal["round_robin", "least_loaded", "shortest_queue", "prefix_aware"] = "round_robin"
     """How requests are spread over replicas."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = dump(self)
+        default = type(self).model_fields["router"].default
+        return {k: v for k, v in data.items() if k != "router" or v != default}
 
 
 _FIRST_ENGINE_FIELDS: Final = (
@@ -252,98 +266,6 @@ class EngineSpec(Section):
         return EngineSettings(**known, async_scheduling=self.async_scheduling)
 
 
-class Limits(Section):
-    """Upper limits on statistics of one latency over the run, milliseconds."""
-
-    mean: PositiveFloat | None = None
-    """Limit on the mean, milliseconds."""
-    p50: PositiveFloat | None = None
-    """Limit on the median, milliseconds."""
-    p90: PositiveFloat | None = None
-    """Limit on the 90th percentile, milliseconds."""
-    p95: PositiveFloat | None = None
-    """Limit on the 95th percentile, milliseconds."""
-    p99: PositiveFloat | None = None
-    """Limit on the 99th percentile, milliseconds."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Limits:
-        if not self.items():
-            refuse("sets no limit: name a statistic, such as {p99: 2000}, or remove it")
-        return self
-
-    def items(self) -> tuple[tuple[str, float], ...]:
-        """Limits that are set, as (statistic, milliseconds)."""
-        return tuple((k, v) for k, v in self if v is not None)
-
-
-class SloSpec(Section):
-    """Constraints on statistics over the run."""
-
-    ttft_ms: Limits | None = None
-    """Time to first token, queueing included."""
-    tpot_ms: Limits | None = None
-    """Time per output token after the first."""
-    e2e_ms: Limits | None = None
-    """Time from arrival to the last token."""
-
-    @model_validator(mode="after")
-    def _check(self) -> SloSpec:
-        if all(limits is None for _, limits in self):
-            refuse("sets no limit: name ttft_ms, tpot_ms or e2e_ms, or remove it")
-        return self
-
-
-class GoodputSpec(Section):
-    """Limits on each request; goodput counts the requests that meet all of them."""
-
-    ttft_ms: PositiveFloat | None = None
-    """Time to first token, milliseconds."""
-    tpot_ms: PositiveFloat | None = None
-    """Time per output token after the first, milliseconds."""
-    e2e_ms: PositiveFloat | None = None
-    """Time from arrival to the last token, milliseconds."""
-
-    @model_validator(mode="after")
-    def _check(self) -> GoodputSpec:
-        if all(limit is None for _, limit in self):
-            refuse("sets no limit: name ttft_ms, tpot_ms or e2e_ms, or remove it")
-        return self
-
-
-class ObjectiveSpec(Section):
-    """The one quantity to optimise."""
-
-    minimize: (
-        Literal["mean_ttft", "p99_ttft", "mean_tpot", "p99_tpot", "mean_e2e", "p99_e2e", "devices"]
-        | None
-    ) = None
-    """Quantity to make as small as possible."""
-    maximize: Literal["throughput"] | None = None
-    """Quantity to make as large as possible."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ObjectiveSpec:
-        if (self.minimize is None) == (self.maximize is None):
-            both = self.minimize is not None
-            refuse(
-                "names both minimize and maximize: keep one"
-                if both
-                else "names no quantity: write minimize: ... or maximize: throughput"
-            )
-        return self
-
-    @property
-    def name(self) -> str:
-        """The quantity, for example ``mean_e2e``."""
-        return str(self.minimize or self.maximize)
-
-    @property
-    def is_maximized(self) -> bool:
-        """Whether larger is better."""
-        return self.maximize is not None
-
-
 class SpaceSpec(Section):
     """Values that the search may choose from; each list is kept in ascending order."""
 
@@ -362,6 +284,12 @@ class SpaceSpec(Section):
     """Limits on running sequences."""
     max_num_batched_tokens: Values = (512, 1024, 2048, 4096, 8192, 16384)
     """Token budgets of one iteration."""
+    forbid: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Plans to leave out, by their text or a pattern of it: ``tp8:seqs=256``, ``4x*``."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset(dump(self), "pp", "dp", "ep", "forbid")
 
 
 class SearchSpec(Section):

@@ -6,23 +6,22 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from planner.bounds import CostFloors, run_bounds
+from planner.bounds import CostFloors, gap_bounds, run_bounds
 from planner.candidates import Candidate, Fate, Trace
+from planner.cpsat.classes import forbidden_columns, master_classes
 from planner.cpsat.model import MasterStatus, solve_master
-from planner.cpsat.variables import ReplicaClass
 from planner.errors import PlannerError
-from planner.objective import Outcome
-from planner.space import can_launch, enumerate_space
-from simulator.plan import BatchingLimits
+from planner.objective import ITL, Outcome
+from planner.space import enumerate_space
 from simulator.rules import VLLM_V1
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from planner.objective import Constraint, Score
     from planner.problem import Problem
     from planner.space import Space
-    from simulator.plan import Plan, Shape
+    from simulator.plan import BatchingLimits, Plan, Shape
     from simulator.run import Run, RunResult
 
 _CHECK_EVERY: Final = 2048
@@ -33,6 +32,11 @@ _UNKNOWN_SCORE: Final = (0, 0)
 
 class Scorer(Protocol):
     """What orders plans: an :class:`~planner.objective.Objective` or a stand-in."""
+
+    @property
+    def needs_gaps(self) -> bool:
+        """Whether outcomes must have the gaps between tokens."""
+        ...
 
     def score(self, outcome: Outcome) -> Score:
         """Score of a run, or a lower bound on the score of everything ``outcome`` bounds."""
@@ -84,6 +88,8 @@ class SearchResult:
         Iterations simulated.
     stopped_by
         ``time_limit``, ``work_limit``, ``interrupt``, or ``None``.
+    floors
+        What the bounds rest on, by replica.
     """
 
     space: Space
@@ -93,6 +99,7 @@ class SearchResult:
     bound: int | None
     iterations: int
     stopped_by: str | None
+    floors: Mapping[tuple[Shape, BatchingLimits], CostFloors]
 
     @property
     def deterministic(self) -> bool:
@@ -124,6 +131,10 @@ class Search:
         Simulate every plan to the end: no bound, no early stop, no shared run, no limit.
     on_progress
         Called after each plan is settled.
+    first
+        A plan to simulate before any other, such as an earlier answer.
+    any_plan
+        Stop at the first plan that keeps every constraint: whether there is one is the question.
     """
 
     problem: Problem
@@ -131,6 +142,8 @@ class Search:
     constraints: tuple[Constraint, ...] = ()
     exhaustive: bool = False
     on_progress: Callable[[Progress], None] | None = None
+    first: Plan | None = None
+    any_plan: bool = False
     _best: Candidate | None = field(default=None, init=False)
     _candidates: tuple[Candidate, ...] = field(default=(), init=False)
     _iterations: int = field(default=0, init=False)
@@ -152,7 +165,12 @@ class Search:
         stopped_by = None
         try:
             for candidate in self._candidates:
-                self._bound(candidate)
+                if candidate.plan == self.first:
+                    self._bound(candidate)
+                    self._evaluate(candidate)
+            for candidate in self._candidates:
+                if candidate.fate is Fate.OPEN:
+                    self._bound(candidate)
             self._close()
         except _LimitReachedError as stop:
             stopped_by = str(stop)
@@ -165,15 +183,15 @@ class Search:
     def _close(self) -> None:
         """Alternate master and simulation until the master's choice is a simulated plan."""
         while True:
-            chosen = self._solve_master()
-            if chosen is self._best:  # also where neither has a plan: none keeps every rule
-                return
-            # The master names the most promising plan; all that could still beat what is known
-            # are settled before it is asked again, for one solve costs many simulations.
             before = self._iterations
             for candidate in sorted(self._open(), key=lambda c: c.key):
                 if self._beats_best(candidate):
                     self._evaluate(candidate)
+            # One solve costs many simulations, so the master is asked when nothing is left to
+            # settle; what it could still choose was then settled the wrong way.
+            chosen = self._solve_master()
+            if chosen is self._best:  # also where neither has a plan: none keeps every rule
+                return
             if self._iterations == before:
                 raise PlannerError(f"master and search disagree: {chosen} against {self._best}")
 
@@ -188,17 +206,16 @@ class Search:
 
     def _solve_master(self) -> Candidate | None:
         """The column of least value, or ``None`` if no column keeps every rule."""
-        classes = _master_classes(self.problem)
+        classes = master_classes(self.problem)
         index = {(c.shape, c.limits): i for i, c in enumerate(classes)}
         columns = {
             (index[c.plan.shape, c.plan.limits], c.plan.replicas): c for c in self._candidates
         }
-        levels = [
-            {k: c.score[0] for k, c in columns.items()},
-            {k: c.score[1] for k, c in columns.items()},
-            {k: c.rank for k, c in columns.items()},
-        ]
+        known = min((len(c.score) for c in self._candidates), default=0)
+        levels = [{k: c.score[level] for k, c in columns.items()} for level in range(known)]
+        levels.append({k: c.rank for k, c in columns.items()})
         forbidden = [k for k, c in columns.items() if c.fate is Fate.BREAKS_SLO]
+        forbidden += forbidden_columns(self.problem, classes)
         result = solve_master(classes, self.problem.num_devices, levels, forbidden)
         if result.status is MasterStatus.UNKNOWN:
             raise _LimitReachedError("master_limit")
@@ -218,13 +235,13 @@ class Search:
         if self.exhaustive:
             return
         outcome = self._lower(self.problem.start(candidate.plan), candidate.plan)
-        candidate.score = self.scorer.score(outcome)
+        candidate.score = max(candidate.score, self.scorer.score(outcome))
         self._note_broken(candidate, outcome)
 
     def _evaluate(self, candidate: Candidate) -> None:
         """Simulate ``candidate`` until it is finished or cannot win."""
         self._check_limits()  # short runs end before the look below
-        run = self.problem.start(candidate.plan)
+        run = self.problem.start(candidate.plan, record_gaps=self._records_gaps)
         done = False
         try:
             while not done:
@@ -245,9 +262,9 @@ class Search:
     def _settle_early(self, candidate: Candidate, run: Run) -> bool:
         """Whether the run's bound already rules ``candidate`` out."""
         outcome = self._lower(run, candidate.plan)
-        score = self.scorer.score(outcome)
-        candidate.score = max(candidate.score, score)
+        candidate.raise_to(self.scorer.score(outcome), candidate.plan, run.iterations)
         if self._note_broken(candidate, outcome):
+            candidate.seen, candidate.seen_at = candidate.plan, run.iterations
             return True
         if self._best is not None and candidate.key > self._best.key:
             candidate.fate = Fate.ABORTED
@@ -287,13 +304,17 @@ class Search:
                 continue
             # The same prefix, but the rest of its run has its own limits and so its own bound.
             outcome = self._lower(run, other.plan)
-            other.score = max(other.score, self.scorer.score(outcome))
-            if not self._note_broken(other, outcome) and not self._beats_best(other):
+            other.raise_to(self.scorer.score(outcome), candidate.plan, run.iterations)
+            if self._note_broken(other, outcome):
+                other.seen, other.seen_at = candidate.plan, run.iterations
+            elif not self._beats_best(other):
                 other.fate, other.twin = Fate.ABORTED, candidate.plan
 
     def _offer(self, candidate: Candidate) -> None:
         if self._best is None or candidate.key < self._best.key:
             self._best = candidate
+            if self.any_plan:
+                raise _LimitReachedError("any_plan")
 
     def _note_broken(self, candidate: Candidate, outcome: Outcome) -> bool:
         """Mark ``candidate`` if ``outcome`` proves that it breaks a constraint."""
@@ -304,8 +325,17 @@ class Search:
 
     def _lower(self, run: Run, plan: Plan) -> Outcome:
         """What a run of ``plan`` that has come as far as ``run`` can do at best."""
-        bounds = run_bounds(run, self._floors_of(plan))
-        return Outcome(bounds.values, bounds.makespan_s, plan.devices, exact=False)
+        floors = self._floors_of(plan)
+        bounds = run_bounds(run, floors)
+        gaps = None
+        if self._records_gaps:
+            gaps = gap_bounds(self.problem.workload, floors)
+        return Outcome(bounds.values, bounds.makespan_s, plan.devices, exact=False, gaps=gaps)
+
+    @property
+    def _records_gaps(self) -> bool:
+        """Whether anything asks for the gaps between tokens, which makes runs slower."""
+        return self.scorer.needs_gaps or any(c.metric == ITL for c in self.constraints)
 
     def _floors_of(self, plan: Plan) -> CostFloors:
         key = (plan.shape, plan.limits)
@@ -366,26 +396,5 @@ class Search:
             bound=bound,
             iterations=self._iterations,
             stopped_by=stopped_by,
+            floors=self._floors,
         )
-
-
-def _master_classes(problem: Problem) -> list[ReplicaClass]:
-    """Classes that the engine can launch; memory and device counts are the master's to judge."""
-    grid = problem.space
-    classes = []
-    for shape in grid.shapes:
-        for seqs in grid.max_num_seqs:
-            for tokens in grid.max_num_batched_tokens:
-                limits = BatchingLimits(seqs, tokens)
-                if not can_launch(problem, shape, limits):
-                    continue
-                budget = problem.memory(shape, limits)
-                need = problem.needed_bytes(shape, limits)
-                if problem.num_blocks is not None:  # measured: the memory model does not judge
-                    held = problem.num_blocks >= problem.full_request_blocks(shape)
-                    need = 0 if held and budget.num_blocks > 0 else budget.usable_bytes + 1
-                most = problem.replicas_that_fit(shape)
-                classes.append(
-                    ReplicaClass(shape, limits, grid.replicas, need, budget.usable_bytes, most)
-                )
-    return classes

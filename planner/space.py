@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from planner.layouts import LAYOUT_RULES, broken_layout
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from simulator.model import Layer, ModelShape
 
 LOCKSTEP = "attention data parallel is not simulated yet: its groups schedule in lockstep"
+FORBIDDEN = "search.space.forbid leaves it out"
 STAGES = "more pipeline stages than layers, or layers that are not the model's"
 MIXED_STAGES = "pipeline stages of layers with caches of several kinds are not simulated"
 HEADS = "attention heads do not divide by tp"
@@ -35,6 +37,7 @@ WEIGHTS = "weights, activations and overhead exceed device memory"
 KV_CACHE = "KV cache cannot hold one request of max_model_len"
 
 RULES = (
+    FORBIDDEN,
     *LAYOUT_RULES,
     LOCKSTEP,
     STAGES,
@@ -183,8 +186,18 @@ def can_launch(
     return _launch_rule(problem, shape, limits, on_any_node=on_any_node) is None
 
 
+def forbidding(problem: Problem, plan: Plan) -> str | None:
+    """The first pattern of ``search.space.forbid`` that ``plan`` matches, or ``None``."""
+    if not problem.space.forbid:
+        return None
+    text = problem.plan_text(plan)
+    return next((p for p in problem.space.forbid if fnmatchcase(text, p)), None)
+
+
 def broken_rule(problem: Problem, plan: Plan) -> str | None:
     """The first rule that keeps ``plan`` from running, or ``None`` if it can."""
+    if forbidding(problem, plan) is not None:
+        return FORBIDDEN
     rule = _launch_rule(problem, plan.shape, plan.limits)
     if rule is not None:
         return rule
@@ -200,6 +213,8 @@ def broken_rule(problem: Problem, plan: Plan) -> str | None:
 
 def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
     """The figures behind a broken rule, for a person."""
+    if rule == FORBIDDEN:
+        return f"it matches {forbidding(problem, plan)!r}"
     if rule == WEIGHTS:
         budget = problem.memory(plan.shape, plan.limits)
         return (

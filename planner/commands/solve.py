@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final, Optional
 
 import typer
 
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from planner.report import PlanReport
     from planner.search import Progress
 
+CERTIFICATE: Final = "--certificate"
+
+CertificateOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(CERTIFICATE, metavar="FILE", help="Write the proof, for planner verify."),
+]
+WarmStartOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--warm-start", metavar="REPORT", help="Simulate an earlier answer's plan first."),
+]
+
 
 def solve(
     scenario: ScenarioArgument,
@@ -28,6 +39,8 @@ def solve(
     exhaustive: Annotated[
         bool, typer.Option("--exhaustive", help="Also simulate every plan and compare.")
     ] = False,
+    certificate: CertificateOption = None,
+    warm_start: WarmStartOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     timings: Annotated[
         bool, typer.Option("--timings", help="Add search.seconds, which differs between runs.")
@@ -36,20 +49,32 @@ def solve(
     """Find the best plan and prove that no other in the space is better."""
     from planner.api import solve as solve_scenario
     from planner.render import render_solve
+    from planner.report import plan_of_report
     from planner.scenario import Scenario
 
     check_target(json)
+    check_target(certificate, CERTIFICATE)
+    earlier = None if warm_start is None else plan_of_report(warm_start)
     loaded = Scenario.load(scenario)
     progress = None if quiet else ProgressLine()
+    certified: list[str] = []
     began_s = time.perf_counter()
     try:
-        report = solve_scenario(loaded, exhaustive=exhaustive, on_progress=progress)
+        report = solve_scenario(
+            loaded,
+            exhaustive=exhaustive,
+            on_progress=progress,
+            on_certificate=certified.append if certificate is not None else None,
+            warm_start=earlier,
+        )
     finally:
         if progress is not None:
             progress.end()
     if timings:
         seconds = time.perf_counter() - began_s
         report = replace(report, search=replace(report.search, seconds=seconds))
+    for text in certified:
+        deliver(text, certificate, CERTIFICATE)
     deliver(report.to_json(), json)
     if json != STDOUT:
         render_solve(report, stdout_console())

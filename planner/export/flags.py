@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from planner.engine_settings import CHUNKING_OFF
 from planner.errors import RefusalError
 from planner.export.server import FIRST_PORT, OPTIONS_FILE, RENDEZVOUS_PORT, Server
-from simulator.model import Experts
+from planner.layouts import broken_layout
 from simulator.rules import POLICIES
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def server_of(problem: Problem, plan: Plan) -> Server:
         When no flags of the engine describe the plan.
 
     """
-    reason = _inexpressible(problem, plan)
-    if reason is not None:
-        raise RefusalError(f"plan {problem.plan_text(plan)}: {reason}")
+    rule = broken_layout(problem.engine.layouts, problem.model, plan.shape)
+    if rule is not None:  # then no flags describe it either
+        raise RefusalError(f"plan {problem.plan_text(plan)}: {rule}")
     name, model = problem.engine.name, problem.model.name
     options: dict[str, object] = {}
     program: tuple[str, ...]
@@ -109,36 +109,6 @@ def devices_of(problem: Problem, plan: Plan, replica: int) -> list[str]:
     width = plan.shape.devices
     first = (replica % (problem.devices_per_node // width)) * width
     return [str(first + i) for i in range(width)]
-
-
-def _inexpressible(problem: Problem, plan: Plan) -> str | None:
-    """Why no flags of the engine describe the plan's shape, or ``None``.
-
-    vLLM spreads experts over all devices of a stage or none, and knows attention data parallel
-    for mixtures of experts alone (config/parallel.py); TensorRT-LLM's attention is data parallel
-    over the whole stage or not at all (llmapi/llm_args.py, ``enable_attention_dp``); SGLang splits
-    a stage by any divisor (server_args.py).
-    """
-    shape, name = plan.shape, problem.engine.name
-    has_experts = any(isinstance(layer.ffn, Experts) for layer in problem.model.layer_counts)
-    if shape.ep > 1 and not has_experts:
-        return "ep is above 1; the model has no experts"
-    if name == "vllm" and shape.ep not in (1, shape.width):
-        return (
-            f"ep is {shape.ep}; vLLM spreads experts over all {shape.width} devices of a stage, "
-            "or over none"
-        )
-    if name == "vllm" and shape.dp > 1 and not has_experts:
-        return (
-            f"dp is {shape.dp}; vLLM's attention data parallel is for mixtures of experts: use "
-            "replicas"
-        )
-    if name == "trtllm" and shape.dp not in (1, shape.width):
-        return (
-            f"dp is {shape.dp}; TensorRT-LLM's attention is data parallel over all {shape.width} "
-            "devices of a stage, or over none"
-        )
-    return None
 
 
 def _vllm(problem: Problem, plan: Plan) -> Flags:
@@ -195,8 +165,9 @@ def _sglang(problem: Problem, plan: Plan) -> Flags:
         flags.append(("--pp-size", str(shape.pp)))
     if shape.dp > 1:
         flags += [("--dp-size", str(shape.dp)), ("--enable-dp-attention",)]
-    if shape.ep > 1:
-        flags.append(("--ep-size", str(shape.ep)))
+    if shape.ep > 1:  # before 0.5.1 a switch that spreads experts over the whole stage
+        part = problem.engine.layouts.expert_groups == "any"
+        flags.append(("--ep-size", str(shape.ep)) if part else ("--enable-ep-moe",))
     flags += [
         ("--max-running-requests", str(plan.limits.max_num_seqs)),
         ("--chunked-prefill-size", str(chunk)),

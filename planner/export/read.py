@@ -169,7 +169,8 @@ def _shape(command: _Command) -> Shape:
             dp = width
         if width % dp:
             raise ValueError(f"tp size {width} does not divide by attention's data parallel {dp}")
-        return Shape(width // dp, _size(flags, "pp-size"), dp, _size(flags, "ep-size"), stages)
+        ep = width if "enable-ep-moe" in flags else _size(flags, "ep-size")
+        return Shape(width // dp, _size(flags, "pp-size"), dp, ep, stages)
     except ValueError as error:
         raise _error(command.model, f"has sizes that make no plan: {error}") from None
 

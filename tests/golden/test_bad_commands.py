@@ -70,10 +70,14 @@ CASES: list[tuple[tuple[str, ...], str, int]] = [
     (("list", "devices", "--json", "no/l.json"), "--json no/l.json: cannot be written", 2),
     (("init",), "Missing option '--model'", 2),
     ((*INIT, "--request-rate", "fast"), "Invalid value for '--request-rate'", 2),
-    ((*INIT, "--objective", "speed", "-o", "out"), "'speed' must be one of", 2),
+    ((*INIT, "--objective", "speed", "-o", "out"), "'speed' must be mean_ or a per", 2),
     ((*INIT, "-o", S), "--output scenario.yaml: exists already", 2),
     (("schema", "-o", "no/s.json"), "--output no/s.json: cannot be written", 2),
     (("calibrate", S, "a.csv", "-o", "out"), "a.csv", 2),
+    (("verify", "no.cert"), "no.cert", 2),
+    (("verify", "old.lock.json"), "old.lock.json", 2),
+    (("verify", "old.lock.json", "--all", "--sample", "3"), "exclude one another", 2),
+    (("solve", S, "--certificate", "no/c"), "--certificate no/c: cannot be written", 2),
     (("frobnicate",), "No such command 'frobnicate'", 2),
 ]
 

@@ -196,14 +196,16 @@ SCENARIO_CASES = [
     (
         "minimize: mean_e2e",
         "minimize: mean_tft",
-        ": objective.minimize: 'mean_tft' must be one of mean_ttft, p99_ttft, mean_tpot, p99_tpot,"
-        " mean_e2e, p99_e2e, devices; did you mean 'mean_ttft'?",
+        ": objective.minimize: 'mean_tft' must be mean_ or a percentile such as p99_, of ttft,"
+        " tpot, itl or e2e, or one of makespan, devices, cost_per_hour, cost_per_million_tokens;"
+        " did you mean 'mean_ttft'?",
     ),
     (
         "minimize: mean_e2e",
         "minimize: throughput",
-        ": objective.minimize: 'throughput' must be one of mean_ttft, p99_ttft, mean_tpot,"
-        " p99_tpot, mean_e2e, p99_e2e, devices; write maximize: throughput",
+        ": objective.minimize: 'throughput' must be mean_ or a percentile such as p99_, of ttft,"
+        " tpot, itl or e2e, or one of makespan, devices, cost_per_hour, cost_per_million_tokens;"
+        " write maximize: throughput",
     ),
     ("[1, 2, 4, 8]", "[1, 2, 2]", ": search.space.tp: lists 2 twice"),
     ("[1, 2, 4, 8]", "8", ": search.space.tp: 8 must be a list: write [8]"),

@@ -154,6 +154,30 @@ def test_another_planner_version(cli: Cli, locked: str, monkeypatch: pytest.Monk
     assert f"note: planner changed: planner.version: {version} -> 9.0" in out
 
 
+def test_facts_of_the_planner(cli: Cli, locked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose facts move is a note while the answer holds, else the cause."""
+    load = planner.resolve.load_device
+
+    def change(field: str, factor: float) -> None:
+        def changed(name: str) -> Any:
+            device = load(name)
+            return dataclasses.replace(
+                device, **{field: type(getattr(device, field))(factor * getattr(device, field))}
+            )
+
+        monkeypatch.setattr(planner.resolve, "load_device", changed)
+
+    change("tdp_w", 1.5)
+    code, out, _ = cli("check", locked)
+    assert code == 0
+    assert "note: facts of the device changed: device: " in out
+    change("memory_bytes", 0.5)
+    code, out, _ = cli("check", locked)
+    assert code == 5
+    assert "  peak_kv_usage: " in out
+    assert "  because facts of the device changed: device: " in out
+
+
 def test_infeasible_is_an_answer(cli: Cli, tmp_path: Path) -> None:
     """It is locked like a plan."""
     path = traced(tmp_path, slo={"ttft_ms": {"p99": 1}})

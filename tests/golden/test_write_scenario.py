@@ -68,7 +68,7 @@ def test_init_over_a_trace(cli: Cli, tmp_path: Path) -> None:
         (("--device", "H100"), "cluster.pools.0.device: 'H100' is not known"),
         (("--engine", "tgi"), "--engine: 'tgi' must be one of: sglang, trtllm, vllm"),
         (("--engine-version", "9"), "engine.version: '9'"),
-        (("--objective", "speed"), "objective.minimize: 'speed' must be one of"),
+        (("--objective", "speed"), "objective.minimize: 'speed' must be mean_ or a percentile"),
         (("--request-rate", "-1"), "workload.request_rate: -1 must be greater than 0"),
         (("--trace", "no.csv"), "no.csv"),
         (("--nodes", "0"), "Invalid value for '--nodes'"),

@@ -14,6 +14,7 @@ from bench.points import cases_of, figures_of
 from bench.predictions import predict_all
 from bench.runs_csv import case_of, is_scored, parse_where, read_rows
 from bench.scoring import COLUMNS, score, tp_orders
+from planner.layouts import EXPERT_GROUPS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,6 +114,53 @@ def test_what_is_assumed_depends_on_client_and_engine_alone() -> None:
     assert case_of(trtllm).rules == {}
     assert case_of(trtllm).client.concurrency == 3  # as many seats as requests: one more waits
     assert case_of({**trtllm, "max_num_seqs": "64"}).client.concurrency == 2
+    unstated = case_of({**trtllm, "max_num_batched_tokens": ""})
+    assert unstated.scenario.engine.max_num_tokens == 2 * 64  # two whole prompts
+    assert unstated.defaulted == ("max_num_batched_tokens",)
+
+
+MIXTURE = {**ROW, "model": "Qwen/Qwen3-30B-A3B", "tp": "4", "engine_version": "0.11.1"}
+
+
+@pytest.mark.parametrize(
+    ("change", "plan", "devices"),
+    [
+        ({}, "tp4", 4),
+        ({"ep": "4"}, "tp4ep4", 4),
+        ({"expert_parallel": "on"}, "tp4ep4", 4),
+        ({"dp": "2"}, "2xtp4", 8),
+        ({"ep": "4", "dp": "2"}, "2xtp4ep4", 8),
+        ({"tp": "1", "dp": "4", "ep": "4"}, "tp1dp4ep4", 4),
+        ({"tp": "1", "dp": "4", "attention_dp": "on"}, "tp1dp4", 4),
+        ({"ep": "2", "pp": "2"}, "tp4pp2ep2", 8),
+    ],
+)
+def test_plans_of_mixtures(change: dict[str, str], plan: str, devices: int) -> None:
+    """Columns of one row name one plan; ``dp`` is of attention where experts span its groups."""
+    case = case_of({**MIXTURE, **change})
+    assert case.plan == plan
+    assert case.scenario.cluster.pools[0].devices_per_node == devices
+
+
+def test_spread_experts_are_simulated_and_what_cannot_be_says_why() -> None:
+    """Expert parallelism has a time of its own; a layout of another engine is refused by rule."""
+    rows = [MIXTURE, {**MIXTURE, "ep": "4"}, {**MIXTURE, "ep": "2"}]
+    cut, whole, partly = predict_all([(case_of(row), None) for row in rows], workers=1)
+    assert not isinstance(cut, str), cut
+    assert not isinstance(whole, str), whole
+    assert cut["tpot_ms"] != whole["tpot_ms"]
+    assert partly == EXPERT_GROUPS
+
+
+def test_requests_seen_at_intervals_wait() -> None:
+    """SGLang that looks for requests every 30 steps sees them half of these late on average."""
+    row = {**ROW, "engine": "SGLang", "engine_version": "0.5.9", "num_prompts": "40"}
+    rows = [row, {**row, "scheduler_recv_interval": "30"}]
+    at_once, late = predict_all([(case_of(each), None) for each in rows], workers=1)
+    assert not isinstance(at_once, str), at_once
+    assert not isinstance(late, str), late
+    wait_ms = 15 * at_once["tpot_ms"]
+    assert late["ttft_ms"] - at_once["ttft_ms"] == pytest.approx(wait_ms, rel=0.2)
 
 
 @pytest.mark.parametrize(

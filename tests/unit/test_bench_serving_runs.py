@@ -136,6 +136,22 @@ def test_names_are_resolved_and_costs_shared() -> None:
     assert chunked.limits.num_blocks > 10_000
 
 
+def test_spread_experts_are_another_server() -> None:
+    """A server with whole experts on each device is priced as such and is a kind of its own."""
+    run = replace(
+        measured_run("a", "05", "chat", Server(tp=8, requests=REQUESTS), 0.02),
+        engine="SGLang",
+        engine_version="0.4.5",
+        model="mistralai/Mixtral-8x22B-Instruct-v0.1",
+    )
+    spread = replace(run, servers=(Server(tp=8, ep=8, requests=REQUESTS),))
+    cut, whole = prepare(run, Folders()), prepare(spread, Folders())
+    assert [cut.kind.split()[-1], whole.kind.split()[-1]] == ["tp8", "tp8ep8"]
+    assert cut.cluster == whole.cluster
+    tpot = [one.predict_s(HostConstants())["tpot"] for one in (cut, whole)]
+    assert tpot[0] != tpot[1]
+
+
 def test_host_time_reaches_every_metric() -> None:
     """A millisecond more per iteration is a millisecond more per token."""
     run = measured_run("a", "05", "chat", Server(tp=8, requests=REQUESTS), 0.014)
@@ -152,7 +168,6 @@ def test_host_time_reaches_every_metric() -> None:
         ({"engine": "newengine"}, "newengine"),
         ({"model": "org/Unheard-9B"}, "Unheard"),
         ({"device": "Z9000"}, "Z9000"),
-        ({"servers": (Server(tp=8, ep=8, requests=REQUESTS),)}, "experts"),
     ],
 )
 def test_what_cannot_be_simulated_says_why(change: dict[str, Any], reason: str) -> None:

@@ -13,7 +13,7 @@ from planner.cpsat.constraints import Constraints
 from planner.cpsat.model import MasterStatus, solve_master
 from planner.cpsat.objective import Objective
 from planner.cpsat.variables import ReplicaClass, Variables
-from simulator.plan import BatchingLimits
+from simulator.plan import BatchingLimits, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def replica_class(
     tp: int, counts: tuple[int, ...] = (1, 2), need: int = 10, capacity: int = 10
 ) -> ReplicaClass:
     """A class whose batching limits, which no rule looks at, are arbitrary."""
-    return ReplicaClass(tp, BatchingLimits(8, 512), counts, need, capacity)
+    return ReplicaClass(Shape(tp), BatchingLimits(8, 512), counts, need, capacity)
 
 
 class OneRule:
@@ -177,7 +177,7 @@ def argmin(
         (c, n)
         for c, one in enumerate(classes)
         for n in one.counts
-        if one.tp * n <= num_devices
+        if one.shape.devices * n <= num_devices
         and one.need_bytes <= one.capacity_bytes
         and (c, n) not in forbidden
     ]

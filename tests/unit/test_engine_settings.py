@@ -176,7 +176,7 @@ def test_defaults_of_a_scenario(engine: str, policy: int, limits: tuple[int, int
         got.memory_rules.accounting == {"sglang": "static_share", "trtllm": "share_of_free"}[engine]
     )
     # Llama-3.1-8B in bf16 leaves an H100 room for 350,000 to 450,000 tokens.
-    tokens = got.blocks(1, got.default_limits) * got.memory_rules.block_tokens
+    tokens = got.blocks(Shape(1), got.default_limits) * got.memory_rules.block_tokens
     assert 350_000 < tokens < 450_000
 
 
@@ -189,7 +189,7 @@ def test_pinned_limits_are_the_space(engine: str) -> None:
     assert (got.space.max_num_seqs, got.space.max_num_batched_tokens) == ((32,), (2048,))
     assert got.default_limits == BatchingLimits(32, 2048)
     assert got.plan_text(Plan(1, Shape(1), BatchingLimits(32, 2048))) == "tp1"
-    assert got.blocks(1, got.default_limits) == 77
+    assert got.blocks(Shape(1), got.default_limits) == 77
 
 
 def test_whole_prompts_need_a_budget_for_the_context() -> None:

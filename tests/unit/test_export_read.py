@@ -136,10 +136,10 @@ def test_bad_commands(commands: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("engine", "model", "shape", "message"),
     [
-        ("vllm", QWEN_MOE, Shape(8, ep=4), "vLLM spreads experts over all 8 devices of a stage"),
-        ("vllm", LLAMA_8B, Shape(2, dp=2), "attention data parallel is for mixtures of experts"),
-        ("sglang", LLAMA_8B, Shape(2, ep=2), "the model has no experts"),
-        ("trtllm", QWEN_MOE, Shape(2, dp=2), "data parallel over all 4 devices of a stage"),
+        ("vllm", QWEN_MOE, Shape(8, ep=4), "cannot spread experts over part of a stage"),
+        ("vllm", LLAMA_8B, Shape(2, dp=2), "attention data parallel needs a mixture of experts"),
+        ("sglang", LLAMA_8B, Shape(2, ep=2), "the model has no experts to spread"),
+        ("trtllm", QWEN_MOE, Shape(2, dp=2), "cannot run so many attention groups in a stage"),
     ],
 )
 def test_shapes_without_flags(engine: str, model: str, shape: Shape, message: str) -> None:
@@ -167,6 +167,15 @@ def test_own_flags() -> None:
     trtllm = " ".join(words("trtllm", Shape(1, pp=2, dp=4, ep=4)))
     assert "enable_attention_dp" in trtllm
     assert "--tp_size 4 --pp_size 2 --ep_size 4" in trtllm
+
+
+def test_experts_of_an_old_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.4.5 has a switch where later versions have a number."""
+    monkeypatch.setitem(VERSIONS, "sglang", "0.4.5")
+    plan = Plan(1, Shape(4, ep=4), DEFAULTS)
+    commands = launch_commands(problem.__wrapped__("sglang"), plan)
+    assert "--enable-ep-moe" in commands[0]
+    assert read_launch(commands, DEFAULTS).plan == plan
 
 
 def test_over_nodes() -> None:

@@ -154,7 +154,7 @@ def test_compose_gives_each_replica_its_devices_and_port() -> None:
         ("trtllm", Plan(1, Shape(2), LIMITS), "lws", None, "give --image"),
         ("vllm", Plan(1, Shape(2), LIMITS), "dynamo", None, "give --image"),
         ("trtllm", Plan(1, Shape(16), LIMITS), "lws", IMAGE, "TensorRT-LLM starts by MPI"),
-        ("vllm", Plan(1, Shape(8, ep=2), LIMITS), "lws", None, "or over none"),
+        ("vllm", Plan(1, Shape(8, ep=2), LIMITS), "lws", None, "cannot spread experts over part"),
     ],
 )
 def test_refusals(engine: str, plan: Plan, form: str, image: str | None, message: str) -> None:

@@ -56,7 +56,7 @@ def test_named_layers_win_and_must_be_all() -> None:
 
 
 def test_each_engine_names_its_rule() -> None:
-    """vLLM 0.6.0 left the rest to the last stage, TensorRT-LLM starts at the first."""
+    """Version 0.6.0 of vLLM left the rest to the last stage, TensorRT-LLM starts at the first."""
     assert load_engine("vllm", "0.6.0").spare_layers == "last"
     assert load_engine("vllm", "0.24.0").spare_layers == "before_last"
     assert load_engine("sglang", "0.5.9").spare_layers == "before_last"
