@@ -92,11 +92,11 @@ def solve(
                 f"stopped by {found.stopped_by} before any plan was found; raise "
                 "search.time_limit_s or search.work_limit"
             )
-        return _infeasible_report(problem, scenario, found)
-    summary = _search_summary(found)
+        return infeasible_report(problem, found, scenario)
+    summary = search_summary(found)
     if exhaustive:
         summary = replace(summary, exhaustive=_exhaust(problem, found, on_progress))
-    return _report(problem, found, found.best, summary)
+    return report_of(problem, found, found.best, summary)
 
 
 @dataclass(frozen=True)
@@ -189,19 +189,43 @@ def _require_compiled(problem: Problem, plan: Plan) -> None:
             )
 
 
-def _report(
-    problem: Problem, found: SearchResult, best: Candidate, summary: SearchSummary
+def report_of(
+    problem: Problem,
+    found: SearchResult,
+    best: Candidate,
+    summary: SearchSummary,
+    *,
+    result: RunResult | None = None,
+    metrics: dict[str, float] | None = None,
+    only_simulated: bool = False,
 ) -> PlanReport:
+    """Report of a plan that a search found.
+
+    Parameters
+    ----------
+    problem, found, best, summary
+        What was searched, what was found, the plan to report and how it was reached.
+    result
+        The plan's run with the gaps between tokens, where there is one.
+    metrics
+        The metrics of that run, where they are known.
+    only_simulated
+        Whether to list just those runners-up that the search simulated to the end; left out, a
+        runner-up that is known by its bound is simulated for the report.
+
+    """
     objective = problem.objective
     plan = best.plan
-    # Run again with the gaps between tokens recorded, which the search has no use for.
-    result = problem.start(plan, record_gaps=True).finish()
+    if result is None:
+        # Run again with the gaps between tokens recorded, which the search has no use for.
+        result = problem.start(plan, record_gaps=True).finish()
     labels = operator_labels(problem, plan, result)
     value = objective.value(best.score[0])
     bound = None if found.bound is None else objective.value(found.bound)
-    metrics = run_metrics(problem, plan, result)
-    alternatives = _alternatives(problem, found, best)
-    close = _close_runner_up(problem, plan, value, alternatives)
+    if metrics is None:
+        metrics = run_metrics(problem, plan, result)
+    alternatives = _alternatives(problem, found, best, only_simulated=only_simulated)
+    close = _close_runner_up(problem, (plan, value), alternatives, metrics)
     return PlanReport(
         status="optimal" if found.proved else "feasible",
         plan=PlanSummary.of(problem, plan),
@@ -225,14 +249,17 @@ def _report(
 
 
 def _close_runner_up(
-    problem: Problem, plan: Plan, value: float, alternatives: tuple[Alternative, ...]
+    problem: Problem,
+    best: tuple[Plan, float],
+    alternatives: tuple[Alternative, ...],
+    metrics: dict[str, float],
 ) -> TooClose | None:
     """The best plan of another shape that meets every constraint, where it is inside the noise."""
     for other in alternatives:
         if not other.breaks:
             runner_up = parse_plan(other.id, problem.default_limits)
-            if not runner_up.same_devices(plan):
-                return too_close(problem, (plan, value), (runner_up, other.value))
+            if not runner_up.same_devices(best[0]):
+                return too_close(problem, best, (runner_up, other.value), metrics)
     return None
 
 
@@ -243,7 +270,7 @@ def _gap(value: float, bound: float | None) -> float | None:
 
 
 def _alternatives(
-    problem: Problem, found: SearchResult, best: Candidate
+    problem: Problem, found: SearchResult, best: Candidate, *, only_simulated: bool = False
 ) -> tuple[Alternative, ...]:
     """The most promising plan of every other shape, and the chosen shape with engine defaults.
 
@@ -257,6 +284,7 @@ def _alternatives(
     chosen_value = objective.value(best.score[0])
     shapes: dict[tuple[int, Shape], Candidate] = {}
     with_gaps = needs_gaps(objective, problem.constraints)
+    may_simulate = found.stopped_by is None and not only_simulated
 
     def order(candidate: Candidate) -> tuple[bool, bool, object]:
         default = candidate.plan.limits == problem.default_limits
@@ -265,7 +293,7 @@ def _alternatives(
 
     for candidate in sorted(found.candidates, key=order):
         same_as_best = candidate.twin == best.plan or candidate.plan == best.plan
-        if not same_as_best and (candidate.exact or found.stopped_by is None):
+        if not same_as_best and (candidate.exact or may_simulate):
             shapes.setdefault((candidate.plan.replicas, candidate.plan.shape), candidate)
     rows = []
     for candidate in shapes.values():
@@ -290,7 +318,8 @@ def _alternatives(
     return tuple(rows[:_MAX_ALTERNATIVES])
 
 
-def _search_summary(found: SearchResult) -> SearchSummary:
+def search_summary(found: SearchResult) -> SearchSummary:
+    """How an answer was reached."""
     return SearchSummary(
         space=found.space.size,
         feasible=len(found.space.plans),
@@ -332,9 +361,18 @@ def _exhaust(
     }
 
 
-def _infeasible_report(problem: Problem, scenario: Scenario, found: SearchResult) -> PlanReport:
+def infeasible_report(
+    problem: Problem, found: SearchResult, scenario: Scenario | None = None
+) -> PlanReport:
+    """Report of a search that proved that no plan is feasible.
+
+    With ``scenario`` the nearest plan and the changes that would fit are searched for, which takes
+    as long as many solves.
+    """
     deterministic = True
-    if found.space.plans:
+    if found.space.plans and scenario is None:
+        reason, relaxation = "no plan meets the SLOs", "planner solve says which change would fit"
+    elif found.space.plans and scenario is not None:
         reason, relaxation, deterministic = explain_slo(problem, scenario)
     else:
         reason, relaxation = explain_empty_space(problem, found.space)
@@ -346,7 +384,7 @@ def _infeasible_report(problem: Problem, scenario: Scenario, found: SearchResult
         gap=None,
         metrics={},
         alternatives=(),
-        search=_search_summary(found),
+        search=search_summary(found),
         provenance=problem.provenance,
         warnings=problem.warnings,
         infeasible={"reason": reason, "relaxation": relaxation},

@@ -114,7 +114,7 @@ def metrics_interval(
     if "mean_tpot_ms" in metrics:
         found["mean_tpot_ms"] = half["tpot"]
     # E2E is TTFT and the later tokens; errors of both may point the same way.
-    share = min(metrics["mean_ttft_ms"] / metrics["mean_e2el_ms"], 1.0)
+    share = _ttft_share(metrics)
     found["mean_e2el_ms"] = share * half["ttft"] + (1 - share) * half["tpot"]
     work = problem.workload
     if work.concurrency or metrics["overloaded"] or not work.arrival_s.any():
@@ -158,22 +158,39 @@ class TooClose:
         )
 
 
-def noise_between_plans(objective: Objective) -> float | None:
+def noise_between_plans(objective: Objective, ttft_share: float) -> float | None:
     """Noise of the distance between two plans' objective values, as a logarithm.
 
-    ``None`` for an objective that is counted and not predicted.
+    Parameters
+    ----------
+    objective
+        Its first quantity counts.
+    ttft_share
+        Share of TTFT in E2E latency: both errors may point the same way.
+
+    Returns
+    -------
+    float
+        ``None`` for what is counted and not predicted, and for what was not measured.
     """
     between = _errors().between_plans_log
-    if objective.name == "throughput":
+    if objective.name in ("throughput", "makespan", "cost_per_million_tokens"):
         return between[THROUGHPUT]
     metric = objective.name.rpartition("_")[2]
     if metric == "e2e":
-        return max(between["tpot"], between["ttft"])
-    return between.get(metric)
+        return ttft_share * between["ttft"] + (1 - ttft_share) * between["tpot"]
+    return between.get("tpot" if metric == "itl" else metric)
+
+
+def _ttft_share(metrics: Mapping[str, float]) -> float:
+    return min(metrics["mean_ttft_ms"] / metrics["mean_e2el_ms"], 1.0)
 
 
 def too_close(
-    problem: Problem, best: tuple[Plan, float], runner_up: tuple[Plan, float]
+    problem: Problem,
+    best: tuple[Plan, float],
+    runner_up: tuple[Plan, float],
+    metrics: Mapping[str, float],
 ) -> TooClose | None:
     """Whether the runner-up is inside the noise; ``None``: it is not.
 
@@ -183,9 +200,11 @@ def too_close(
         What was solved.
     best, runner_up
         Plans and their objective values.
+    metrics
+        The best plan's metrics (`planner.report.run_metrics`).
 
     """
-    noise = noise_between_plans(problem.objective)
+    noise = noise_between_plans(problem.objective, _ttft_share(metrics))
     if noise is None or min(best[1], runner_up[1]) <= 0:
         return None
     gap = abs(math.log(runner_up[1] / best[1]))

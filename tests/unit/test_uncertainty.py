@@ -80,21 +80,35 @@ def test_a_busy_front_end_is_a_regime_of_its_own(problem: Problem) -> None:
 def test_only_close_plans_are_too_close(problem: Problem) -> None:
     """Inside the noise it names both with their commands; beyond it or where equal it does not."""
     one, two = (parse_plan(text, problem.default_limits) for text in ("tp1", "2xtp1"))
-    noise = noise_between_plans(problem.objective)
+    noise = noise_between_plans(
+        problem.objective, _METRICS["mean_ttft_ms"] / _METRICS["mean_e2el_ms"]
+    )
     assert noise is not None
-    near = too_close(problem, (one, 100.0), (two, 100.0 * math.exp(0.5 * noise)))
+    near = too_close(problem, (one, 100.0), (two, 100.0 * math.exp(0.5 * noise)), _METRICS)
     assert near is not None
     assert set(near.measure) == {"tp1", "2xtp1"}
     assert "cannot be told apart" in near.warning("tp1")
     assert all(near.measure.values())
-    assert too_close(problem, (one, 100.0), (two, 100.0 * math.exp(1.1 * noise))) is None
-    assert too_close(problem, (one, 100.0), (two, 100.0)) is None
+    assert too_close(problem, (one, 100.0), (two, 100.0 * math.exp(1.1 * noise)), _METRICS) is None
+    assert too_close(problem, (one, 100.0), (two, 100.0), _METRICS) is None
 
 
 def test_devices_are_counted_not_predicted(problem: Problem) -> None:
     """No noise where the objective is a count."""
-    assert noise_between_plans(Objective("devices", 1)) is None
-    assert noise_between_plans(Objective("throughput", 1)) is not None
+    assert noise_between_plans(Objective("devices", 1), 0.5) is None
+    assert noise_between_plans(Objective("throughput", 1), 0.5) is not None
     one = parse_plan("tp1", problem.default_limits)
     counted = dataclasses.replace(problem, objective=Objective("devices", 1))
-    assert too_close(counted, (one, 1.0), (one, 2.0)) is None
+    assert too_close(counted, (one, 1.0), (one, 2.0), _METRICS) is None
+
+
+def test_noise_of_e2e_weighs_its_parts() -> None:
+    """All of E2E latency in its later tokens: TPOT's noise; all before the first: TTFT's."""
+    names = ("mean_tpot", "mean_e2e", "p99_ttft", "mean_e2e")
+    tpot, no_ttft, ttft, only_ttft = (
+        noise_between_plans(Objective(name, 1), share)
+        for name, share in zip(names, (0.5, 0.0, 0.5, 1.0), strict=True)
+    )
+    assert tpot is not None
+    assert ttft is not None
+    assert tpot == no_ttft < ttft == only_ttft
