@@ -1,6 +1,6 @@
 """Host constants of a cluster of measured runs: the most likely ones under a prior.
 
-Five constants with a physical meaning, see `HostConstants`. Errors enter as logarithms of predicted
+Six constants with a physical meaning, see `HostConstants`. Errors enter as logarithms of predicted
 over measured. Their spread is the measurements' own noise where it is known: of identical servers
 that shared a load, TPOT and E2E differ by 1 %, TTFT by 2.4 %. A constant that the
 fitting side cannot tell from others stays at its prior.
@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
     Prediction = Mapping[str, float]
 
-NAMES: Final = ("iteration_ms", "sequence_ms", "eager_layer_ms", "ingress_ms", "prefill_multiplier")
-_IN_SECONDS: Final = np.array([1e-3, 1e-3, 1e-3, 1e-3, 1.0])
-_LOWEST: Final = np.array([0.0, 0.0, 0.0, 0.0, 1.0])
+NAMES: Final = (
+    *("iteration_ms", "sequence_ms", "eager_layer_ms", "eager_dealt_layer_ms", "ingress_ms"),
+    "prefill_multiplier",
+)
+_IN_SECONDS: Final = np.array([1e-3] * 5 + [1.0])
+_LOWEST: Final = np.array([0.0] * 5 + [1.0])
 
 NOISE: Final = {"ttft": 0.024, "tpot": 0.01, "e2e": 0.01, "makespan": 0.01}
 """Relative spread of one measured mean."""
@@ -46,7 +49,7 @@ class Prior:
     Parameters
     ----------
     mean, spread
-        (5,) each; a spread of zero holds a constant at its mean.
+        (6,) each; a spread of zero holds a constant at its mean.
     source
         Where they come from.
 
@@ -122,18 +125,22 @@ def fit(
 
 def in_units(host: HostConstants) -> dict[str, float]:
     """Constants by the names of `NAMES`."""
-    seconds = (host.iteration_s, host.sequence_s, host.eager_layer_s, host.ingress_s)
+    eager_s = (host.eager_layer_s, host.eager_dealt_layer_s)
+    seconds = (host.iteration_s, host.sequence_s, *eager_s, host.ingress_s)
     values = np.array([*seconds, host.prefill_multiplier]) / _IN_SECONDS
     return {name: float(f"{value:.6g}") for name, value in zip(NAMES, values, strict=True)}
 
 
 def _host(values: Floats) -> HostConstants:
-    iteration_s, sequence_s, eager_layer_s, ingress_s, multiplier = map(float, values * _IN_SECONDS)
+    iteration_s, sequence_s, eager_s, dealt_s, ingress_s, multiplier = map(
+        float, values * _IN_SECONDS
+    )
     return HostConstants(
         iteration_s=iteration_s,
         sequence_s=sequence_s,
         ingress_s=ingress_s,
-        eager_layer_s=eager_layer_s,
+        eager_layer_s=eager_s,
+        eager_dealt_layer_s=dealt_s,
         prefill_multiplier=multiplier,
     )
 

@@ -25,6 +25,9 @@ class HostConstants:
         From the client's send to the scheduler's queue: HTTP, tokenising, hand-over.
     eager_layer_s
         Least time of a layer in an iteration that runs outside a full CUDA graph.
+    eager_dealt_layer_s
+        What a layer whose experts are dealt out over devices adds to that: the kernels which sort
+        tokens by expert and put them back.
     prefill_multiplier
         Factor on the device time of an iteration that computes prompt tokens.
 
@@ -34,6 +37,7 @@ class HostConstants:
     sequence_s: float = 0.0
     ingress_s: float = 0.0
     eager_layer_s: float = 0.0
+    eager_dealt_layer_s: float = 0.0
     prefill_multiplier: float = 1.0
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from simulator.collectives import nccl_s
 from simulator.gemm import gemm_s
 from simulator.interpolate import Provenance
 from simulator.layer_collectives import all_reduces, collective_parts
-from simulator.model import Layer
+from simulator.model import Experts, Layer
 from simulator.ops import head_gemm, sampler_bytes_per_sequence
 from simulator.parts import Axis, Part, Sizes, layer_parts
 from simulator.timing import one_stage
@@ -105,6 +105,10 @@ class StageCost:
             graphs.captured(limits, tp), graphs.captured_with_prompts(limits, tp)
         )
         floor = host.eager_layer_s * self._model.num_layers
+        if self._shape.ep > 1:
+            layers = self._model.layer_counts.items()
+            dealt = sum(n for layer, n in layers if isinstance(layer.ffn, Experts))
+            floor += host.eager_dealt_layer_s * dealt
         seqs = min(limits.max_num_seqs, len(kernels.sizes.sequences))
         return one_stage(
             decode_s=decode[: tokens + 1],

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 Means = dict[str, float]
 
-PRIOR = Prior((4.0, 0.4, 0.3, 6.0, 1.2), (1.0, 0.1, 0.05, 3.0, 0.1), "test")
+PRIOR = Prior((4.0, 0.4, 0.3, 0.2, 6.0, 1.2), (1.0, 0.1, 0.05, 0.1, 3.0, 0.1), "test")
 TRUE = HostConstants(
     iteration_s=4.8e-3,
     sequence_s=0.45e-3,
     ingress_s=9e-3,
     eager_layer_s=0.3e-3,
+    eager_dealt_layer_s=0.2e-3,
     prefill_multiplier=1.25,
 )
 
@@ -65,10 +66,10 @@ def test_no_constant_leaves_its_range() -> None:
 
 def test_a_spread_of_zero_holds_a_constant() -> None:
     """A constant without spread is not fitted."""
-    held = Prior(PRIOR.mean, (1.0, 0.1, 0.0, 0.0, 0.1), "test")
+    held = Prior(PRIOR.mean, (1.0, 0.1, 0.0, 0.0, 0.0, 0.1), "test")
     found = fit(SERVERS, [s(TRUE) for s in SERVERS], held)
     assert found.ingress_s == pytest.approx(6e-3)
-    nothing = Prior(PRIOR.mean, (0.0,) * 5, "test")
+    nothing = Prior(PRIOR.mean, (0.0,) * 6, "test")
     assert fit(SERVERS, [s(TRUE) for s in SERVERS], nothing) == nothing.host()
 
 

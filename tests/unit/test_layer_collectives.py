@@ -9,10 +9,12 @@ import pytest
 
 from planner.io.devices import kernel_table_for, load_device
 from planner.io.hf_config import read_model
+from simulator.cost import CostCompiler
+from simulator.engine_rules import GraphRules, HostConstants
 from simulator.layer_collectives import all_reduces, collective_parts
 from simulator.model import Experts, Layer
 from simulator.parts import Sizes, layer_parts
-from simulator.plan import Shape
+from simulator.plan import BatchingLimits, Shape
 from simulator.weights import layer_weights, weight_bytes_per_rank
 
 MODEL = read_model("Qwen/Qwen3-30B-A3B")
@@ -91,3 +93,16 @@ def test_experts_of_more_choices_take_longer() -> None:
     for shape in (Shape(4), Shape(4, ep=4)):
         times = [experts_s(shape, tokens=64, layer=layer) for layer in (LAYER, wider)]
         assert times[1] > times[0]
+
+
+def test_dealt_out_experts_take_more_launches_outside_graphs() -> None:
+    """48 layers of 50 us, and 10 us more for each where experts lie on several devices."""
+    host = HostConstants(eager_layer_s=50e-6, eager_dealt_layer_s=10e-6)
+    compiler = CostCompiler(
+        MODEL, DEVICE, TABLE, host, GraphRules((), False), max_tokens=64, max_seqs=4, max_context=64
+    )
+    cut, dealt = (
+        float(compiler.compile(shape, BatchingLimits(4, 64)).mixed_floor_ps[0])
+        for shape in (Shape(4), Shape(4, ep=4))
+    )
+    assert (cut, dealt) == (48 * 50e6, 48 * 60e6)
