@@ -114,8 +114,9 @@ def test_figures_are_of_sizes() -> None:
 
 def test_a_prior_gives_its_constants() -> None:
     """The prior speaks in milliseconds, the simulator in seconds."""
-    host = Prior((1.0, 2.0, 3.0, 4.0, 1.5), (0.0,) * 5, "test").host()
-    assert host == HostConstants(1e-3, 2e-3, 4e-3, 3e-3, 1.5)
+    host = Prior((1.0, 2.0, 3.0, 0.0, 4.0, 1.5), (0.0,) * 6, "test").host()
+    wanted = HostConstants(1e-3, 2e-3, 4e-3, 3e-3, prefill_multiplier=1.5)
+    assert host == wanted
 
 
 def test_names_are_resolved_and_costs_shared() -> None:
