@@ -27,10 +27,12 @@ from planner.io.devices import load_device
 from planner.io.engines import load_engine
 from simulator.kv_layout import kv_bytes_per_token, kv_layout, state_bytes, token_bytes
 from simulator.memory import NULL_BLOCKS, MemoryRules, memory_budget
-from simulator.model import Attention, GatedDeltaNet, Mamba2, ModelShape
+from simulator.model import Attention, Experts, GatedDeltaNet, Mamba2, ModelShape
 from simulator.plan import BatchingLimits, Shape
 from simulator.units import GIB
+from simulator.weights import weight_bytes_per_rank
 from tests.shapes import (
+    DEEPSEEK_R1,
     DEEPSEEK_V32,
     KIMI_K2_INT4,
     LLAMA_8B,
@@ -82,6 +84,8 @@ GIVEN = [
     pytest.param(
         replace(DEEPSEEK_V32, kv_dtype="fp8"), 1, 43.67, 975_424, id="deepseek-v3.2-sglang"
     ),
+    # sglang issue 6017: DeepSeek-V3 with 8 attention groups of one device, bf16 latents.
+    pytest.param(DEEPSEEK_R1, 1, 10.57, 161_488, id="deepseek-v3-attention-groups"),
     # vllm issue 12330, V0: Llama-3-8B on A100 40 GB, 5691 blocks.
     pytest.param(LLAMA_8B, 1, 11.12, 5691 * 16, id="llama-8b"),
     # generative-computing/mellea pull 416, V0: 36,184 blocks.
@@ -345,3 +349,31 @@ def test_trtllm_sequences_that_fit(model: ModelShape, tp: int, sequences: int) -
     budget = memory_budget(model, H100, Shape(tp), BatchingLimits(2048, 4096), rules)
     fit = budget.num_blocks * budget.layout.block_tokens / 5096
     assert fit == pytest.approx(sequences, rel=0.025)
+
+
+REDUNDANT = replace(
+    DEEPSEEK_R1,
+    layers=tuple(
+        replace(layer, ffn=replace(layer.ffn, num_experts=256 + 32))
+        if isinstance(layer.ffn, Experts)
+        else layer
+        for layer in DEEPSEEK_R1.layers
+    ),
+)
+"""DeepSeek-V3 with 32 redundant experts (their routers' 32 more rows are 0.01 % of the weights)."""
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "gib"),
+    [
+        # HabanaAI/vllm-fork issue 809: DeepSeek-R1 on 8 devices, each expert cut.
+        (DEEPSEEK_R1, Shape(8), 79.41),
+        # sglang issue 6017: 8 attention groups, experts dealt out; --ep-num-redundant-experts 32 is
+        # that issue's own recipe. Every device holds all of attention.
+        (REDUNDANT, Shape(1, dp=8, ep=8), 105.59),
+    ],
+    ids=["cut", "dealt-out"],
+)
+def test_weights_of_a_rank_of_deepseek(model: ModelShape, shape: Shape, gib: float) -> None:
+    """Cut over 8 devices, and with attention whole on each: a third more."""
+    assert weight_bytes_per_rank(model, shape) / GIB == pytest.approx(gib, rel=0.01)
