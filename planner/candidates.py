@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from simulator.run import RunResult, Usage
     from simulator.state import Limits
     from simulator.timing import IterationCost
+
+
+UNKNOWN_SCORE: Final = (0, 0)
+"""Below every score and every bound, which count at least one device."""
 
 
 class Fate(str, Enum):
@@ -57,6 +61,10 @@ class Candidate:
         The plan whose run it shares, where it is identical to one.
     broken
         Names of constraints that it breaks.
+    has_own_bound
+        Whether a bound for its own limits was looked at, beside that of its family.
+    own
+        Whether its bound before any simulation rests on its own limits, not on its family's.
     """
 
     plan: Plan
@@ -70,6 +78,18 @@ class Candidate:
     seen_at: int = 0
     twin: Plan | None = None
     broken: tuple[str, ...] = ()
+    has_own_bound: bool = False
+    own: bool = False
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nothing at all is known of it: a search was stopped before its first bound."""
+        return not (self.exact or self.broken or self.score > UNKNOWN_SCORE)
+
+    def raise_own(self, score: Score, *, breaks: bool) -> None:
+        """Raise the bound to ``score``, which its own limits show before anything is run."""
+        if breaks or score > self.score:
+            self.score, self.own = score, True
 
     def raise_to(self, score: Score, seen: Plan, iterations: int) -> None:
         """Raise the bound to ``score``, which ``iterations`` of the run of ``seen`` show."""

@@ -4,8 +4,10 @@ One JSON document, one entry to a line, equal bytes for equal searches. Its part
 
 - ``header``: the scenario itself, digests of all data, objective, tie order, counts, the incumbent;
 - ``excluded``: plans that cannot run, by replica and rule, with the bytes behind a memory rule;
-- ``classes``: for every replica that can run, digests of its cost and limits, and the support of
-  its bounds (:class:`~planner.bounds.Support`);
+- ``families``: for every shape of a replica that can run, the digest of a cost nowhere above, and
+  of limits nowhere below, those of its plans, and the support of the bounds that hold for all of
+  them (:class:`~planner.support.Support`);
+- ``classes``: the same for single replicas, where a bound rests on their own limits;
 - ``entries``: every plan that can run, in tie order, and what settles it (:class:`Kind`);
 - ``digest``: of all lines before it, which catches a damaged file before anything is computed.
 
@@ -25,23 +27,25 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from planner.errors import LimitError
+from planner.plan_floors import loosest
 from planner.space import KV_CACHE, WEIGHTS, broken_rule
 from simulator.plan import BatchingLimits, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from planner.bounds import CostFloors
     from planner.candidates import Candidate
+    from planner.plan_floors import Floored
     from planner.problem import Problem
     from planner.scenario import Scenario
     from planner.search import SearchResult
-    from simulator.plan import Shape
+    from simulator.state import Limits
+    from simulator.timing import IterationCost
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Version of the certificate's format."""
 
-PARTS: Final = ("excluded", "classes", "entries")
+PARTS: Final = ("excluded", "families", "classes", "entries")
 """Lists of the document, in their order."""
 
 
@@ -49,7 +53,8 @@ class Kind(str, Enum):
     """What settles a plan."""
 
     BOUNDED = "bounded"
-    """A lower bound that holds before anything is simulated."""
+    """A lower bound that holds before anything is simulated: that of its family, whatever the
+    batching limits, or its own."""
     ABORTED = "aborted"
     """A lower bound on what is left after so many iterations of a run that begins like its own."""
     EXACT = "exact"
@@ -73,8 +78,8 @@ def certificate(scenario: Scenario, problem: Problem, found: SearchResult) -> di
     LimitError
         When a limit stopped the search before every plan had a bound.
     """
-    keys = dict.fromkeys((c.plan.shape, c.plan.limits) for c in found.candidates)
-    if any(key not in found.floors for key in keys):
+    floors = found.floors
+    if floors is None or any(c.is_unknown for c in found.candidates):
         raise LimitError(
             f"stopped by {found.stopped_by} before every plan had a bound: there is nothing to "
             "certify; raise search.time_limit_s"
@@ -101,20 +106,34 @@ def certificate(scenario: Scenario, problem: Problem, found: SearchResult) -> di
         "incumbent": incumbent,
         "bound": found.bound,
     }
+    families = [
+        _supported(shape.text, floors.families[shape], *loosest(problem, shape, members))
+        for shape, members in floors.members.items()
+        if shape in floors.families
+    ]
     classes = [
-        {
-            "class": text(Plan(1, *key)),
-            "data": class_digest(problem, *key),
-            "support": _support(found.floors[key]),
-        }
-        for key in keys
+        _supported(
+            text(Plan(1, *key)),
+            floored,
+            problem.compiler.compile(*key),
+            floored.limits,
+        )
+        for key, floored in sorted(
+            floors.classes.items(), key=lambda item: Plan(1, *item[0]).tie_key(BatchingLimits(0, 0))
+        )
     ]
     return {
         "header": header,
         "excluded": list(excluded_groups(problem)),
+        "families": families,
         "classes": classes,
         "entries": entries,
     }
+
+
+def _supported(name: str, floored: Floored, cost: IterationCost, limits: Limits) -> dict[str, Any]:
+    support = dataclasses.asdict(floored.floors.costs.support)
+    return {"class": name, "data": data_digest(cost, limits), "support": support}
 
 
 def status_of(found: SearchResult) -> str:
@@ -145,10 +164,6 @@ def _trajectory(found: SearchResult, candidate: Candidate) -> str:
     return next(runs).trajectory_hash()
 
 
-def _support(floors: CostFloors) -> dict[str, Any] | None:
-    return None if floors.support is None else dataclasses.asdict(floors.support)
-
-
 def entry_of(problem: Problem, candidate: Candidate) -> dict[str, Any]:
     """What is claimed of one plan, and by what."""
     entry: dict[str, Any] = {"plan": problem.plan_text(candidate.plan)}
@@ -164,6 +179,8 @@ def entry_of(problem: Problem, candidate: Candidate) -> dict[str, Any]:
         entry["iterations"] = candidate.seen_at
     else:
         entry["by"] = Kind.BOUNDED.value
+        if candidate.own:
+            entry["own"] = True
     if candidate.broken:
         entry["breaks"] = list(candidate.broken)
     if candidate.exact or not candidate.broken:
@@ -171,12 +188,12 @@ def entry_of(problem: Problem, candidate: Candidate) -> dict[str, Any]:
     return entry
 
 
-def class_digest(problem: Problem, shape: Shape, limits: BatchingLimits) -> str:
-    """Digest of a replica's iteration cost and scheduler limits."""
+def data_digest(cost: IterationCost, limits: Limits) -> str:
+    """Digest of an iteration cost and scheduler limits."""
     digest = hashlib.blake2b(digest_size=16)
-    for array in problem.compiler.compile(shape, limits):
+    for array in cost:
         digest.update(np.ascontiguousarray(array).tobytes())
-    digest.update(repr(tuple(problem.replica_limits(Plan(1, shape, limits)))).encode())
+    digest.update(repr(tuple(limits)).encode())
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ decides. A score computed from lower bounds is a lower bound on the score.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from planner.errors import InputError
 from simulator.metrics import good, statistic_s, weighted_statistic_s
@@ -256,6 +256,19 @@ class Objective:
         if name == "cost_per_million_tokens":
             return ticks / TICKS_PER_S
         return ticks * MS_PER_S / TICKS_PER_S
+
+
+class Scorer(Protocol):
+    """What orders plans: an :class:`~planner.objective.Objective` or a stand-in."""
+
+    @property
+    def needs_gaps(self) -> bool:
+        """Whether outcomes must have the gaps between tokens."""
+        ...
+
+    def score(self, outcome: Outcome) -> Score:
+        """Score of a run, or a lower bound on the score of everything ``outcome`` bounds."""
+        ...
 
 
 @dataclass(frozen=True)

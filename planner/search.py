@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING, Final
 
-from planner.bounds import CostFloors, gap_bounds, run_bounds
-from planner.candidates import Candidate, Fate, Trace
+from planner.bounds import gap_bounds, run_bounds
+from planner.candidates import UNKNOWN_SCORE, Candidate, Fate, Trace
 from planner.cpsat.classes import forbidden_columns, master_classes
 from planner.cpsat.model import MasterStatus, solve_master
 from planner.errors import PlannerError
 from planner.objective import ITL, Outcome
+from planner.plan_floors import PlanFloors
 from planner.space import enumerate_space
-from simulator.rules import VLLM_V1
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-    from planner.objective import Constraint, Score
+    from planner.floors import CostFloors
+    from planner.objective import Constraint, Score, Scorer
+    from planner.plan_floors import Floored
     from planner.problem import Problem
     from planner.space import Space
-    from simulator.plan import BatchingLimits, Plan, Shape
+    from simulator.plan import Plan, Shape
     from simulator.run import Run, RunResult
 
 _CHECK_EVERY: Final = 2048
 """Iterations between two looks at a run's bound; about 1 ms of simulation, ten looks' worth."""
 
-_UNKNOWN_SCORE: Final = (0, 0)
-
-
-class Scorer(Protocol):
-    """What orders plans: an :class:`~planner.objective.Objective` or a stand-in."""
-
-    @property
-    def needs_gaps(self) -> bool:
-        """Whether outcomes must have the gaps between tokens."""
-        ...
-
-    def score(self, outcome: Outcome) -> Score:
-        """Score of a run, or a lower bound on the score of everything ``outcome`` bounds."""
-        ...
+_UNKNOWN_SCORE: Final = UNKNOWN_SCORE
 
 
 @dataclass(frozen=True)
@@ -49,10 +39,8 @@ class Progress:
 
     Parameters
     ----------
-    incumbent
-        Best plan so far, or ``None``.
-    score
-        Its score.
+    incumbent, score
+        Best plan so far, and its score, or ``None``.
     bound
         Primary score that no plan can beat.
     plans_left
@@ -74,10 +62,8 @@ class SearchResult:
 
     Parameters
     ----------
-    space
-        The plan space.
-    best
-        The best plan, or ``None``.
+    space, best
+        The plan space, and the best plan, or ``None``.
     candidates
         Every plan that can run, in canonical tie order.
     proved
@@ -89,7 +75,7 @@ class SearchResult:
     stopped_by
         ``time_limit``, ``work_limit``, ``interrupt``, or ``None``.
     floors
-        What the bounds rest on, by replica.
+        What the bounds rest on; ``None`` for a result that is put together without a search.
     """
 
     space: Space
@@ -99,7 +85,7 @@ class SearchResult:
     bound: int | None
     iterations: int
     stopped_by: str | None
-    floors: Mapping[tuple[Shape, BatchingLimits], CostFloors]
+    floors: PlanFloors | None
 
     @property
     def deterministic(self) -> bool:
@@ -123,10 +109,8 @@ class Search:
     ----------
     problem
         What is searched.
-    scorer
-        What orders plans.
-    constraints
-        What a plan must keep.
+    scorer, constraints
+        What orders plans, and what a plan must keep.
     exhaustive
         Simulate every plan to the end: no bound, no early stop, no shared run, no limit.
     on_progress
@@ -148,9 +132,7 @@ class Search:
     _candidates: tuple[Candidate, ...] = field(default=(), init=False)
     _iterations: int = field(default=0, init=False)
     _deadline_s: float = field(default=float("inf"), init=False)
-    _floors: dict[tuple[Shape, BatchingLimits], CostFloors] = field(
-        default_factory=dict, init=False
-    )
+    _known: PlanFloors | None = field(default=None, init=False)
 
     def run(self) -> SearchResult:
         """Search until the proof closes or a limit stops it."""
@@ -166,11 +148,9 @@ class Search:
         try:
             for candidate in self._candidates:
                 if candidate.plan == self.first:
-                    self._bound(candidate)
                     self._evaluate(candidate)
-            for candidate in self._candidates:
-                if candidate.fate is Fate.OPEN:
-                    self._bound(candidate)
+            if not self.exhaustive:
+                self._bound_families()
             self._close()
         except _LimitReachedError as stop:
             stopped_by = str(stop)
@@ -184,8 +164,17 @@ class Search:
         """Alternate master and simulation until the master's choice is a simulated plan."""
         while True:
             before = self._iterations
-            for candidate in sorted(self._open(), key=lambda c: c.key):
-                if self._beats_best(candidate):
+            queue = [(c.key, c) for c in self._open()]
+            heapify(queue)
+            while queue:
+                key, candidate = heappop(queue)
+                if not self._beats_best(candidate):
+                    continue
+                if not self.exhaustive and not candidate.has_own_bound:
+                    self._bound(candidate)
+                if candidate.key > key:
+                    heappush(queue, (candidate.key, candidate))
+                elif candidate.fate is Fate.OPEN:
                     self._evaluate(candidate)
             # One solve costs many simulations, so the master is asked when nothing is left to
             # settle; what it could still choose was then settled the wrong way.
@@ -229,14 +218,30 @@ class Search:
 
     # -- one plan
 
+    def _bound_families(self) -> None:
+        """Give every plan the bound of its family, which holds whatever the batching limits."""
+        families: dict[tuple[Shape, int], list[Candidate]] = {}
+        for candidate in self._open():
+            plan = candidate.plan
+            families.setdefault((plan.shape, plan.replicas), []).append(candidate)
+        for (shape, _), members in families.items():
+            self._check_limits()
+            plan = members[0].plan
+            outcome = self._lower(
+                self.problem.start(plan), plan, self._plan_floors().of_family(shape)
+            )
+            score = self.scorer.score(outcome)
+            for candidate in members:
+                candidate.score = max(candidate.score, score)
+                self._note_broken(candidate, outcome)
+
     def _bound(self, candidate: Candidate) -> None:
-        """Give ``candidate`` the bound that holds before anything is simulated."""
+        """Give ``candidate`` the bound of its own limits."""
         self._check_limits()
-        if self.exhaustive:
-            return
+        candidate.has_own_bound = True
         outcome = self._lower(self.problem.start(candidate.plan), candidate.plan)
-        candidate.score = max(candidate.score, self.scorer.score(outcome))
-        self._note_broken(candidate, outcome)
+        breaks = self._note_broken(candidate, outcome)
+        candidate.raise_own(self.scorer.score(outcome), breaks=breaks)
 
     def _evaluate(self, candidate: Candidate) -> None:
         """Simulate ``candidate`` until it is finished or cannot win."""
@@ -323,34 +328,29 @@ class Search:
             candidate.fate = Fate.BREAKS_SLO
         return bool(candidate.broken)
 
-    def _lower(self, run: Run, plan: Plan) -> Outcome:
+    def _lower(self, run: Run, plan: Plan, floored: Floored | None = None) -> Outcome:
         """What a run of ``plan`` that has come as far as ``run`` can do at best."""
-        floors = self._floors_of(plan)
-        bounds = run_bounds(run, floors)
+        known = floored or self._plan_floors().of_class(plan.shape, plan.limits)
+        bounds = run_bounds(run, known.floors, known.limits)
         gaps = None
         if self._records_gaps:
-            gaps = gap_bounds(self.problem.workload, floors)
+            gaps = gap_bounds(self.problem.workload, known.floors.costs)
         return Outcome(bounds.values, bounds.makespan_s, plan.devices, exact=False, gaps=gaps)
+
+    def _plan_floors(self) -> PlanFloors:
+        """Floors of every plan, each derived when it is first asked for."""
+        if self._known is None:
+            self._known = PlanFloors.of(self.problem, (c.plan for c in self._candidates))
+        return self._known
+
+    def _floors_of(self, plan: Plan) -> CostFloors:
+        """Floors of a plan's cost, which hold whatever the workload."""
+        return self._plan_floors().of_class(plan.shape, plan.limits).floors.costs
 
     @property
     def _records_gaps(self) -> bool:
         """Whether anything asks for the gaps between tokens, which makes runs slower."""
         return self.scorer.needs_gaps or any(c.metric == ITL for c in self.constraints)
-
-    def _floors_of(self, plan: Plan) -> CostFloors:
-        key = (plan.shape, plan.limits)
-        if key not in self._floors:
-            cost = self.problem.compiler.compile(*key)
-            limits = plan.limits
-            rules = self.problem.rules
-            if rules.prefix_caching:  # a prompt found in the cache takes no time
-                self._floors[key] = CostFloors.none(cost)
-            else:
-                # Only vLLM's V1 scheduler is known to keep every batch within the budget.
-                own = rules.policy == VLLM_V1
-                budget = limits.max_num_batched_tokens if own else cost.max_tokens
-                self._floors[key] = CostFloors.of(cost, budget, limits.max_num_seqs)
-        return self._floors[key]
 
     # -- limits and results
 
@@ -396,5 +396,5 @@ class Search:
             bound=bound,
             iterations=self._iterations,
             stopped_by=stopped_by,
-            floors=self._floors,
+            floors=self._plan_floors(),
         )

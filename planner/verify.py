@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from planner.candidates import Trace
 from planner.certificate import (
-    PARTS,
     Kind,
-    class_digest,
+    data_digest,
     excluded_groups,
     facts,
     seal,
@@ -36,12 +35,17 @@ from planner.objective import ITL, Outcome
 from planner.resolve import resolve
 from planner.scenario import Scenario
 from planner.space import enumerate_space
-from planner.verify_bounds import Floors, budget_of, floors_of, lower_outcome, wrong_claim
+from planner.verify_bounds import Floors, cacheable, floors_of, lower_outcome
+from planner.verify_document import Document, RejectedError, Verified, difference
+from planner.verify_support import budgets_of, lowest_cost, widest_limits, wrong_claim
 from simulator.plan import Plan
 from simulator.run import Run
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
 
     from planner.problem import Problem
     from simulator.plan import BatchingLimits, Shape
@@ -53,77 +57,6 @@ SAMPLE: Final = 16
 _BEYOND: Final = 64
 """Iterations after the recorded stop within which the plain loop must have seen the bound too: the
 jump engine looks between two of its events, which may lie after several of the plain loop's."""
-
-
-class RejectedError(Exception):
-    """Something in the certificate is wrong: where, and what.
-
-    Parameters
-    ----------
-    line
-        Line of the file, from 1.
-    what
-        The entry and what is wrong with it.
-    """
-
-    def __init__(self, line: int, what: str) -> None:
-        self.line = line
-        super().__init__(f"line {line}: {what}")
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What was checked.
-
-    Parameters
-    ----------
-    status, plan
-        The claim.
-    excluded, bounded, supports
-        Plans recounted as impossible, bounds and supports evaluated again.
-    simulated, exact
-        Finished runs simulated again, of so many that the certificate has.
-    aborted
-        Stopped runs simulated again up to their stop.
-    """
-
-    status: str
-    plan: str | None
-    excluded: int
-    bounded: int
-    supports: int
-    simulated: int
-    exact: int
-    aborted: int
-
-
-@dataclass
-class _Document:
-    """A certificate and the line of each of its parts."""
-
-    data: dict[str, Any]
-    lines: dict[tuple[str, int], int]
-
-    @classmethod
-    def read(cls, text: str, source: str) -> _Document:
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise RejectedError(getattr(error, "lineno", 1), f"is not JSON: {error}") from None
-        parts = ("header", *PARTS, "digest")
-        if not isinstance(data, dict) or sorted(data) != sorted(parts):
-            raise InputError(
-                source=source, field="", value=sorted(data), rule=f"must have {', '.join(parts)}"
-            )
-        line, lines = 3, {("header", 0): 2}
-        for part in PARTS:
-            for i in range(len(data[part])):
-                lines[part, i] = line + 1 + i
-            line += 2 + len(data[part])
-        return cls(data, lines)
-
-    def reject(self, part: str, index: int, what: str) -> RejectedError:
-        return RejectedError(self.lines.get((part, index), 1), f"{part} {index}: {what}")
 
 
 def verify(
@@ -151,7 +84,7 @@ def verify(
     InputError
         When it is no certificate, or its scenario names files that are not there.
     """
-    document = _Document.read(text, source)
+    document = Document.read(text, source)
     try:
         return _Verifier.of(document, text, source, base_dir).run(sample)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -161,15 +94,18 @@ def verify(
 
 @dataclass
 class _Verifier:
-    document: _Document
+    document: Document
     text: str
     problem: Problem
     plans: dict[str, Plan]
-    floors: dict[tuple[Shape, BatchingLimits], Floors] = field(default_factory=dict)
+    cached: npt.NDArray[np.int64]
+    families: dict[Shape, Floors] = field(default_factory=dict)
+    classes: dict[tuple[Shape, BatchingLimits], Floors] = field(default_factory=dict)
+    outcomes: dict[tuple[Shape, int], Outcome] = field(default_factory=dict)
     results: dict[str, RunResult] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, document: _Document, text: str, source: str, base_dir: Path | None) -> _Verifier:
+    def of(cls, document: Document, text: str, source: str, base_dir: Path | None) -> _Verifier:
         header = document.data["header"]
         scenario = Scenario.model_validate(header["scenario"], base_dir=base_dir, source=source)
         try:
@@ -181,10 +117,11 @@ class _Verifier:
         mine = json.loads(json.dumps(facts(scenario, problem)))
         for name, value in mine.items():
             if header[name] != value:
-                where = _difference(name, header[name], value)
+                where = difference(name, header[name], value)
                 raise document.reject("header", 0, f"{where} is not that of the data at hand")
         space = enumerate_space(problem)
-        return cls(document, text, problem, {problem.plan_text(p): p for p in space.plans})
+        plans = {problem.plan_text(p): p for p in space.plans}
+        return cls(document, text, problem, plans, cacheable(problem.workload, problem.rules))
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -192,7 +129,7 @@ class _Verifier:
 
     def run(self, sample: int | None) -> tuple[Verified, Problem]:
         self._check_space()
-        supports = self._check_classes()
+        supports = self._check_supports()
         by_kind: dict[str, list[int]] = {kind.value: [] for kind in Kind}
         for i, entry in enumerate(self.entries):
             if entry["by"] not in by_kind:
@@ -231,7 +168,7 @@ class _Verifier:
         theirs = self.document.data["excluded"]
         for i, (their, own) in enumerate(zip(theirs, mine, strict=False)):
             if their != own:
-                where = _difference(own["class"], their, own)
+                where = difference(own["class"], their, own)
                 raise self.document.reject("excluded", i, f"{where} is wrong")
         if len(mine) != len(theirs):
             raise self.document.reject(
@@ -244,46 +181,73 @@ class _Verifier:
             missing = len(self.plans) - len(self.entries)
             raise self._wrong(len(self.entries) - 1, f"{missing} plans of the space are missing")
 
-    def _check_classes(self) -> int:
-        keys = list(dict.fromkeys((p.shape, p.limits) for p in self.plans.values()))
+    def _check_supports(self) -> int:
+        """Judge every support; afterwards bounds may rest on them."""
+        members: dict[Shape, list[BatchingLimits]] = {}
+        for plan in self.plans.values():
+            members.setdefault(plan.shape, []).append(plan.limits)
+        families = self.document.data["families"]
+        if len(families) != len(members):
+            raise self.document.reject("families", 0, f"{len(families)}, not {len(members)}")
+        for i, (row, (shape, each)) in enumerate(zip(families, members.items(), strict=True)):
+            distinct = list(dict.fromkeys(each))
+            self.families[shape] = self._judge("families", i, row, shape, distinct)
+        names = {
+            self.problem.plan_text(Plan(1, p.shape, p.limits)): (p.shape, p.limits)
+            for p in self.plans.values()
+        }
         classes = self.document.data["classes"]
-        if len(classes) != len(keys):
-            raise self.document.reject("classes", 0, f"{len(classes)} classes, not {len(keys)}")
-        for i, (row, key) in enumerate(zip(classes, keys, strict=True)):
-            name = self.problem.plan_text(Plan(1, *key))
-            if row["class"] != name:
-                raise self.document.reject("classes", i, f"class {name} is missing")
-            if row["data"] != class_digest(self.problem, *key):
-                raise self.document.reject("classes", i, f"{name}: cost or limits are other ones")
-            cost, support = self.problem.compiler.compile(*key), row["support"]
-            if support is not None:
-                if self.problem.rules.prefix_caching:
-                    raise self.document.reject("classes", i, f"{name}: a prefix cache has no bound")
-                budget = budget_of(self.problem, cost, key[1])
-                wrong = wrong_claim(support, cost, budget, key[1].max_num_seqs)
-                if wrong is not None:
-                    raise self.document.reject("classes", i, f"{name}: {wrong}")
-            self.floors[key] = floors_of(support, cost)
-        return len(classes)
+        for i, row in enumerate(classes):
+            if row["class"] not in names:
+                raise self.document.reject("classes", i, f"{row['class']} is no replica that runs")
+            shape, limits = names[row["class"]]
+            self.classes[shape, limits] = self._judge("classes", i, row, shape, [limits])
+        return len(families) + len(classes)
+
+    def _judge(
+        self, part: str, i: int, row: dict[str, Any], shape: Shape, members: list[BatchingLimits]
+    ) -> Floors:
+        """Check one support against the costs of all its members."""
+        problem = self.problem
+        name = shape.text if part == "families" else problem.plan_text(Plan(1, shape, members[0]))
+        if row["class"] != name:
+            raise self.document.reject(part, i, f"{name} is missing")
+        costs = [problem.compiler.compile(shape, limits) for limits in members]
+        cost = costs[0] if len(costs) == 1 else lowest_cost(costs)
+        limits = widest_limits([problem.replica_limits(Plan(1, shape, each)) for each in members])
+        if row["data"] != data_digest(cost, limits):
+            raise self.document.reject(part, i, f"{name}: cost or limits are other ones")
+        budgets = budgets_of(problem, members)
+        wrong = wrong_claim(row["support"], cost, limits, problem.rules, budgets)
+        if wrong is not None:
+            raise self.document.reject(part, i, f"{name}: {wrong}")
+        return floors_of(row["support"], cost, limits, problem.workload, self.cached)
 
     # -- entries
 
     def _check_bounded(self, i: int) -> None:
         entry = self.entries[i]
         plan = self.plans[entry["plan"]]
-        self._check_values(i, self._lower(self._start(plan), plan))
+        if entry.get("own", False):
+            self._check_values(i, self._lower(self._start(plan), plan, self._floors(i, plan)))
+            return
+        key = plan.shape, plan.replicas
+        if key not in self.outcomes:
+            known = self.families[plan.shape]
+            self.outcomes[key] = self._lower(self._start(plan), plan, known)
+        self._check_values(i, self.outcomes[key])
 
     def _check_aborted(self, i: int) -> None:
         entry = self.entries[i]
         plan, ran = self.plans[entry["plan"]], self.plans[entry["run"]]
-        run, stop = self._start(ran), entry["iterations"]
+        run, stop, known = self._start(ran), entry["iterations"], self._floors(i, plan)
         if not isinstance(stop, int) or stop < 1:
             raise self._wrong(i, f"stopped after {stop!r} iterations")
         done = run.advance(stop)
         for _ in range(_BEYOND):
             if ran != plan and not self._runs_alike(run, ran, plan):
                 raise self._wrong(i, f"does not run as {entry['run']} so far")
-            outcome = self._lower(run, plan)
+            outcome = self._lower(run, plan, known)
             if self._matches(entry, outcome):
                 return
             if done:
@@ -356,7 +320,7 @@ class _Verifier:
             **{kind: len(rows) for kind, rows in by_kind.items()},
         }
         if self.document.data["header"]["counts"] != counts:
-            where = _difference("counts", self.document.data["header"]["counts"], counts)
+            where = difference("counts", self.document.data["header"]["counts"], counts)
             raise self.document.reject("header", 0, f"{where} is wrong")
 
     def _check_seal(self) -> None:
@@ -370,8 +334,11 @@ class _Verifier:
     def _wrong(self, i: int, what: str) -> RejectedError:
         return self.document.reject("entries", i, f"{self.entries[i]['plan']}: {what}")
 
-    def _floors(self, plan: Plan) -> Floors:
-        return self.floors[plan.shape, plan.limits]
+    def _floors(self, i: int, plan: Plan) -> Floors:
+        """Floors of an entry's own class."""
+        if (plan.shape, plan.limits) not in self.classes:
+            raise self._wrong(i, "its bound rests on a class that is missing")
+        return self.classes[plan.shape, plan.limits]
 
     def _start(self, plan: Plan) -> Run:
         problem = self.problem
@@ -392,8 +359,8 @@ class _Verifier:
         constraints = self.problem.constraints
         return self.problem.objective.needs_gaps or any(c.metric == ITL for c in constraints)
 
-    def _lower(self, run: Run, plan: Plan) -> Outcome:
-        return lower_outcome(run, plan, self._floors(plan), with_gaps=self._records_gaps)
+    def _lower(self, run: Run, plan: Plan, known: Floors) -> Outcome:
+        return lower_outcome(run, plan, known, with_gaps=self._records_gaps)
 
     def _result(self, name: str) -> RunResult:
         if name not in self.results:
@@ -423,12 +390,3 @@ class _Verifier:
         """Which finished runs are simulated again: drawn by the file's own digest."""
         draw = random.Random(self.document.data["digest"])
         return sorted(draw.sample(rows, min(number, len(rows))))
-
-
-def _difference(name: str, theirs: Any, mine: Any) -> str:
-    """Dotted path to the first value that differs."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        for key in sorted(set(theirs) | set(mine)):
-            if theirs.get(key) != mine.get(key):
-                return _difference(f"{name}.{key}", theirs.get(key), mine.get(key))
-    return name

@@ -33,8 +33,9 @@ def verify(
 
     from planner.io.yaml_file import read_text
     from planner.report import dump_json
-    from planner.verify import SAMPLE, RejectedError
+    from planner.verify import SAMPLE
     from planner.verify import verify as verify_text
+    from planner.verify_document import RejectedError
     from planner.verify_master import master_disagrees
 
     check_target(json)

@@ -14,11 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.bounds import CostFloors, run_bounds
+from planner.bounds import run_bounds
 from planner.candidates import Trace
+from planner.floors import CostFloors, RequestFloors, cache_tokens, cacheable_tokens
+from planner.plan_floors import PlanFloors
 from planner.resolve import resolve
 from planner.scenario import Scenario
 from planner.space import enumerate_space
+from planner.support import Support
 from simulator.kvcache import blocks_for
 from simulator.plan import BatchingLimits, Plan, Shape
 from simulator.rules import Rules
@@ -87,9 +90,19 @@ def random_cost(
     )
 
 
-def floors_of(case: Case) -> CostFloors:
-    """Floors of a case's cost."""
-    return CostFloors.of(case.cost, case.limits.max_num_batched_tokens, case.limits.max_num_seqs)
+def floors_of(case: Case) -> RequestFloors:
+    """Floors of a case's cost and requests."""
+    limits, rules = case.limits, case.rules
+    support = Support.of(
+        case.cost,
+        min(limits.max_num_batched_tokens, case.cost.max_tokens),
+        limits.max_num_seqs,
+        cache_tokens(limits, rules),
+        full_tokens=(limits.max_num_batched_tokens,),
+        keeps_blocks=rules.prefix_caching,
+    )
+    costs = CostFloors.of(case.cost, support, keeps_blocks=rules.prefix_caching)
+    return RequestFloors.of(costs, case.workload, cacheable_tokens(case.workload, rules))
 
 
 def random_case(rng: np.random.Generator) -> Case:
@@ -139,7 +152,7 @@ def check_below(bounds: Bounds, result: RunResult) -> None:
     assert np.array_equal(np.isnan(bounds.values.tpot_s), np.isnan(result.values.tpot_s))
 
 
-def check_run(run: Run, floors: CostFloors, result: RunResult, stride: int) -> None:
+def check_run(run: Run, floors: RequestFloors, result: RunResult, stride: int) -> None:
     """Look at the bounds every ``stride`` iterations, first before the run begins."""
     check_below(run_bounds(run, floors), result)
     while not run.advance(stride):
@@ -201,12 +214,13 @@ def test_bounds_hold_for_compiled_costs(seed: int, tmp_path: Path) -> None:
     """Bounds from the kernel tables' costs hold for every plan of a random small scenario."""
     sections = random_sections(seed, tmp_path)
     problem = resolve(Scenario.model_validate(mapping(**sections), base_dir=tmp_path))
-    for plan in enumerate_space(problem).plans:
-        run = problem.start(plan)
-        floors = CostFloors.of(
-            run.cost, plan.limits.max_num_batched_tokens, plan.limits.max_num_seqs
-        )
-        check_run(run, floors, problem.start(plan).finish(), stride=40)
+    plans = enumerate_space(problem).plans
+    known = PlanFloors.of(problem, plans)
+    for plan in plans:
+        run, result = problem.start(plan), problem.start(plan).finish()
+        family = known.of_family(plan.shape)
+        check_below(run_bounds(run, family.floors, family.limits), result)
+        check_run(run, known.of_class(plan.shape, plan.limits).floors, result, stride=40)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -276,7 +290,7 @@ def test_twins_share_their_runs() -> None:
             done = run.advance(5)
             if not trace_of(case, run).same_for(plan_of(other), other.limits, other.cost):
                 break
-            check_below(run_bounds(run, floors_of(other)), theirs)
+            check_below(run_bounds(run, floors_of(other), other.limits), theirs)
             prefixes += not done
             if done:
                 assert run.result().trajectory_hash() == theirs.trajectory_hash()

@@ -12,7 +12,8 @@ import pytest
 import planner.search
 from planner.api import solve
 from planner.certificate import PARTS, seal
-from planner.verify import RejectedError, Verified, verify
+from planner.verify import verify
+from planner.verify_document import RejectedError, Verified
 from planner.verify_master import master_disagrees
 from tests.problems import goal, pool, scenario
 
@@ -128,19 +129,24 @@ def _forge_bound(data: dict[str, Any], rng: random.Random) -> str:
 
 
 def _change_coefficient(data: dict[str, Any], rng: random.Random) -> str:
-    support = rng.choice(data["classes"])["support"]
+    part = rng.choice(["families", "classes"])
+    support = rng.choice(data[part])["support"]
     stage = support["kinds"][0]
-    kind = rng.randrange(4)
+    kind = rng.randrange(6)
     if kind == 0:
-        rng.choice(stage["lines"])[rng.randrange(2)] += 10**9
+        support["contexts"].pop(0)
     elif kind == 1:
         stage[rng.choice(["work_ps", "each_ps", "first_token_ps", "pass_ps"])] += 10**9
     elif kind == 2:
         at = rng.randrange(len(support["decode_ps"]))
         support["decode_ps"][at] += 10**9
-    else:
+    elif kind == 3:
         support["budget_tokens"] += 1
-    return "classes"
+    elif kind == 4:
+        support["full_tokens"][-1] += 1
+    else:
+        rng.choice(stage["shares"])[rng.randrange(2)] += 10**9
+    return part
 
 
 def _swap_trace(data: dict[str, Any], rng: random.Random) -> str:
@@ -157,8 +163,9 @@ def _change_table(data: dict[str, Any], rng: random.Random) -> str:
     if rng.random() < 0.5:
         data["header"]["provenance"]["kernel_table"]["sha256"] = f"{rng.getrandbits(256):064x}"
         return "header"
-    rng.choice(data["classes"])["data"] = f"{rng.getrandbits(128):032x}"
-    return "classes"
+    part = rng.choice(["families", "classes"])
+    rng.choice(data[part])["data"] = f"{rng.getrandbits(128):032x}"
+    return part
 
 
 def _change_engine(data: dict[str, Any], rng: random.Random) -> str:
