@@ -5,8 +5,9 @@ versions (an empty cell stands for any; ``seats`` of ``load``: the limit on runn
 the load), the name and value of what is assumed, the evidence, and what it changes on the
 development file. A name is a rule of `simulator.rules.Rules`, ``kv_cache_dtype``,
 ``more_in_flight``: requests that a closed loop keeps in flight beyond its load, or
-``budget_prompts``: whole prompts that the token budget holds where the row states none. No line
-names a model.
+``budget_prompts``: whole prompts that the token budget holds where the row states none, or
+``hold_iterations``: most iterations for which attention groups wait until each has a prompt. No
+line names a model.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Assumed:
         Requests that a closed loop keeps in flight beyond its load.
     budget_prompts
         Prompts that an unstated token budget holds; 0: the engine's default budget.
+    hold_iterations
+        TensorRT-LLM's ``timeout_iters`` with ``enable_balance``; 0: prompts are not held back.
 
     """
 
@@ -50,6 +53,7 @@ class Assumed:
     kv_cache_dtype: str
     more_in_flight: int
     budget_prompts: int
+    hold_iterations: int
 
 
 class _Line(NamedTuple):
@@ -85,6 +89,7 @@ def assumed_of(row: Mapping[str, str], client: Client, release: Release) -> Assu
         kv_cache_dtype=values.get("kv_cache_dtype", ""),
         more_in_flight=int(values.get("more_in_flight", "0")),
         budget_prompts=int(values.get("budget_prompts", "0")),
+        hold_iterations=int(values.get("hold_iterations", "0")),
     )
 
 

@@ -245,6 +245,12 @@ def case_of(row: Row, *, kv_cache_dtype: str | None = None, calibration: str | N
     if calibration is not None:
         engine["calibration"] = calibration
     shape, replicas = _shape(row)
+    if assumed.hold_iterations and shape.dp > 1:
+        engine["attention_dp_config"] = {
+            "enable_balance": True,
+            "timeout_iters": assumed.hold_iterations,
+            "batching_wait_iters": 0,
+        }
     longest = max(_count(row, "max_model_len"), client.longest_tokens)
     data: dict[str, Any] = {
         "schema_version": 1,

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from planner.api import Simulation, simulate, simulate_requests, solve
     from planner.report import PlanReport
     from planner.scenario import Scenario
+    from planner.session import Session
+    from planner.session_switching import Switching
 
 __all__ = [
     "PlanReport",
     "Scenario",
+    "Session",
     "Simulation",
+    "Switching",
     "__version__",
     "simulate",
     "simulate_requests",
@@ -34,7 +38,9 @@ __all__ = [
 _HOMES = {
     "Scenario": "planner.scenario",
     "PlanReport": "planner.report",
+    "Session": "planner.session",
     "Simulation": "planner.api",
+    "Switching": "planner.session_switching",
     "simulate": "planner.api",
     "simulate_requests": "planner.api",
     "solve": "planner.api",

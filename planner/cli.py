@@ -12,6 +12,7 @@ import typer
 from planner import __version__
 from planner.commands.calibrate import calibrate
 from planner.commands.compare import compare, explain
+from planner.commands.crossovers import crossovers
 from planner.commands.export import export
 from planner.commands.listing import list_names
 from planner.commands.lock import check, lock
@@ -33,6 +34,7 @@ _COMMANDS: Final[Mapping[str, Callable[..., None]]] = {
     "calibrate": calibrate,
     "explain": explain,
     "compare": compare,
+    "crossovers": crossovers,
     "export": export,
     "list": list_names,
     "init": init,

@@ -35,6 +35,7 @@ OWN_NAMES: Final[Mapping[str, Mapping[str, str]]] = {
         "chunked": "enable_chunked_context",
         "prefix_caching": "enable_block_reuse",
         "capacity_policy": "capacity_scheduler_policy",
+        "balance": "attention_dp_config",
     },
 }
 """By engine, its own name of each field of `EngineSettings`.
@@ -67,6 +68,9 @@ class EngineSettings:
         Factor on the output that admission reserves (SGLang).
     capacity_policy
         ``guaranteed_no_evict``, ``max_utilization`` or ``static_batch`` (TensorRT-LLM).
+    balance
+        For how many iterations attention groups wait for a prompt in each of them, and for more
+        (TensorRT-LLM).
     async_scheduling
         Whether a batch is formed while its predecessor runs.
 
@@ -82,6 +86,7 @@ class EngineSettings:
     prefill_tokens: int | None = None
     conservativeness: float | None = None
     capacity_policy: str | None = None
+    balance: tuple[int, int] | None = None
     async_scheduling: bool | None = None
 
 

@@ -25,7 +25,11 @@ def operator_times_ms(problem: Problem, plan: Plan, result: RunResult) -> dict[s
     """
     load, compiler = load_of(problem, result), problem.compiler
     at = compiler._index(  # noqa: SLF001  # the compiler has no public view by operator
-        round(load.tokens), round(load.decodes), round(load.context), longest=0
+        round(load.tokens),
+        round(load.decodes),
+        round(load.context),
+        longest=0,
+        groups=plan.shape.dp,
     )
     seconds: dict[str, float] = {}
     for part in compiler._parts_of(plan.shape):  # noqa: SLF001

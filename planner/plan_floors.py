@@ -43,10 +43,14 @@ class PlanFloors:
         The problem.
     members
         For each shape, the batching limits of its plans that can run.
+    costs
+        Floors of each shape's cost under one or all of its limits, which hold whatever the
+        workload: who searches again may hand on those of an earlier search.
     """
 
     problem: Problem
     members: dict[Shape, Members]
+    costs: dict[tuple[Shape, Members], CostFloors] = field(default_factory=dict)
     classes: dict[tuple[Shape, BatchingLimits], Floored] = field(default_factory=dict)
     families: dict[Shape, Floored] = field(default_factory=dict)
     _cached: Ints | None = None
@@ -65,30 +69,35 @@ class PlanFloors:
         if key not in self.classes:
             cost = self.problem.compiler.compile(shape, limits)
             own = self.problem.replica_limits(Plan(1, shape, limits))
-            self.classes[key] = self._derive(cost, own, (limits,))
+            self.classes[key] = self._derive(shape, cost, own, (limits,))
         return self.classes[key]
 
     def of_family(self, shape: Shape) -> Floored:
         """Floors that hold for replicas of this shape under any limits in the space."""
         if shape not in self.families:
             members = self.members[shape]
-            self.families[shape] = self._derive(*loosest(self.problem, shape, members), members)
+            cost, limits = loosest(self.problem, shape, members)
+            self.families[shape] = self._derive(shape, cost, limits, members)
         return self.families[shape]
 
-    def _derive(self, cost: IterationCost, limits: Limits, members: Members) -> Floored:
+    def _derive(
+        self, shape: Shape, cost: IterationCost, limits: Limits, members: Members
+    ) -> Floored:
         problem, rules = self.problem, self.problem.rules
         if self._cached is None:
             self._cached = cacheable_tokens(problem.workload, rules)
-        support = Support.of(
-            cost,
-            budget_tokens(problem, cost, limits),
-            limits.max_num_seqs,
-            cache_tokens(limits, rules),
-            full_tokens=full_tokens(problem, members),
-            keeps_blocks=rules.prefix_caching,
-        )
-        costs = CostFloors.of(cost, support, keeps_blocks=rules.prefix_caching)
-        floors = RequestFloors.of(costs, problem.workload, self._cached)
+        key = shape, members
+        if key not in self.costs:
+            support = Support.of(
+                cost,
+                budget_tokens(problem, cost, limits),
+                limits.max_num_seqs,
+                cache_tokens(limits, rules),
+                full_tokens=full_tokens(problem, members),
+                keeps_blocks=rules.prefix_caching,
+            )
+            self.costs[key] = CostFloors.of(cost, support, keeps_blocks=rules.prefix_caching)
+        floors = RequestFloors.of(self.costs[key], problem.workload, self._cached)
         return Floored(floors, limits)
 
 

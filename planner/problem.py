@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 
 from simulator.kv_layout import KvLayout, kv_layout
 from simulator.memory import MemoryBudget, memory_budgets, tightest
+from simulator.rules import ROUTERS
 from simulator.run import Run
 from simulator.state import Limits
 from simulator.timing import in_ps
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from planner.io.engines import EngineProfile
     from planner.objective import Constraint, Objective
     from simulator.cost import CostCompiler
     from simulator.device import Device
+    from simulator.engine_rules import LockstepRules
     from simulator.fabric import Fabric
     from simulator.memory import MemoryRules
     from simulator.model import ModelShape
@@ -83,6 +85,8 @@ class Problem:
         The engine's batching rules without pipeline stages, as they are simulated.
     uses_prefix_cache
         Whether the server is started with its prefix cache, also where it is not simulated.
+    lockstep
+        How attention groups of one replica run; ``None``: the engine version knows one only.
     compiler
         Maker of iteration costs.
     ingress_s
@@ -111,6 +115,7 @@ class Problem:
     default_limits: BatchingLimits
     rules: Rules
     uses_prefix_cache: bool
+    lockstep: LockstepRules | None
     compiler: CostCompiler
     ingress_s: float
     space: SearchSpace
@@ -188,11 +193,13 @@ class Problem:
         return max(stage.fixed_bytes + pages * stage.block_bytes for stage in stages)
 
     def replica_limits(self, plan: Plan) -> Limits:
-        """Limits of one replica of ``plan`` as the simulator takes them."""
-        layout = self.layout(plan.shape)
+        """Limits of one replica of ``plan``, or of one of its attention groups, as simulated."""
+        layout, limits = self.layout(plan.shape), plan.limits
+        if plan.shape.dp > 1 and self.lockstep is not None:
+            limits = self.lockstep.limits_of(limits, plan.shape.dp)
         return Limits(
-            max_num_seqs=plan.limits.max_num_seqs,
-            max_num_batched_tokens=plan.limits.max_num_batched_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             num_blocks=self.blocks(plan.shape, plan.limits),
             block_tokens=layout.block_tokens,
             ingress_ps=int(in_ps(self.ingress_s)),
@@ -202,20 +209,47 @@ class Problem:
             fixed=layout.fixed,
         )
 
-    def start(self, plan: Plan, *, record_gaps: bool = False) -> Run:
-        """A fresh run of ``plan`` over the workload."""
-        cost = self.compiler.compile(plan.shape, plan.limits)
+    def start(self, plan: Plan, *, record_gaps: bool = False, plain: bool = False) -> Run:
+        """A fresh run of ``plan`` over the workload; ``plain`` as of `simulator.run.Run`."""
         return Run(
             self.workload,
             plan.replicas,
             self.replica_limits(plan),
-            cost,
-            self.rules_of(plan.shape),
+            self.compiler.compile(plan.shape, plan.limits),
+            self._rules_behind_router(plan),
+            together=self.compiler.compile_lockstep(plan.shape, plan.limits),
             record_gaps=record_gaps,
+            plain=plain,
         )
+
+    def compile_loops(self, plans: Sequence[Plan]) -> None:
+        """Begin a run of each kind among ``plans``: with one attention group, and with several.
+
+        Each has a loop of its own, which is compiled once on a machine.
+        """
+        for plan in {plan.shape.dp > 1: plan for plan in reversed(plans)}.values():
+            self.start(plan).advance(1)
+
+    def _rules_behind_router(self, plan: Plan) -> Rules:
+        """The rules with what deals requests out to schedulers.
+
+        The groups of one replica get theirs from the engine. Of several replicas the cluster's
+        router chooses among the groups of all.
+        """
+        rules = self.rules_of(plan.shape)
+        if plan.shape.dp == 1 or plan.replicas > 1 or self.lockstep is None:
+            return rules
+        return rules._replace(router=ROUTERS.index(self.lockstep.router))
 
     def rules_of(self, shape: Shape) -> Rules:
         """The engine's batching rules on a replica of ``shape``."""
+        if shape.dp > 1 and self.lockstep is not None:
+            share = self.lockstep.reserve_factor
+            return self.rules._replace(
+                new_token_ratio=share * self.rules.new_token_ratio,
+                least_new_token_ratio=share * self.rules.least_new_token_ratio,
+                ratio_decay=share * self.rules.ratio_decay,
+            )
         if shape.pp == 1:
             return self.rules
         late = self.rules.late_results and self.engine.overlaps_with_pipeline

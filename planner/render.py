@@ -111,7 +111,8 @@ def _plan(plan: PlanSummary) -> RenderableType:
     table.add_row("plan", shape)
     table.add_row("limits", limits)
     table.add_row("memory", split)
-    table.add_row("KV", f"{memory['kv_cache_tokens']:,.0f} tokens per replica")
+    holder = "attention group" if plan.dp > 1 else "replica"
+    table.add_row("KV", f"{memory['kv_cache_tokens']:,.0f} tokens per {holder}")
     return table
 
 

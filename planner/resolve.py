@@ -131,6 +131,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
     else:
         host = engine.host
         warnings.extend(engine.host_warnings)
+    lockstep = engine.lockstep(settings, chunked=rules.chunked)
     max_seqs = max(*space.max_num_seqs, defaults.max_num_seqs)
     compiler = CostCompiler(
         model,
@@ -140,6 +141,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         engine.graphs_on(device),
         fabric=fabric,
         spare_layers=engine.spare_layers,
+        lockstep=lockstep,
         nccl_all_reduce_from_bytes=engine.nccl_all_reduce_from_bytes,
         # SGLang's budget counts prompts only, so its decode batches may be larger.
         max_tokens=max(*space.max_num_batched_tokens, defaults.max_num_batched_tokens, max_seqs),
@@ -164,6 +166,7 @@ def resolve(scenario: Scenario, *, host: HostConstants | None = None) -> Problem
         compiler=compiler,
         rules=rules,
         uses_prefix_cache=uses_prefix_cache,
+        lockstep=lockstep,
         ingress_s=host.ingress_s,
         space=space,
         search_limits=SearchLimits(scenario.search.time_limit_s, scenario.search.work_limit),

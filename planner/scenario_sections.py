@@ -162,6 +162,17 @@ _FIRST_ENGINE_FIELDS: Final = (
 """Fields that are written out even where they are not set."""
 
 
+class AttentionDpSpec(Section):
+    """TensorRT-LLM's ``attention_dp_config``: prompts wait until every attention group has one."""
+
+    enable_balance: Flag = False
+    """Whether they do."""
+    timeout_iters: Annotated[int, Field(strict=True, ge=1, le=MAX_INT)] = 50
+    """Iterations after which they wait no longer."""
+    batching_wait_iters: Annotated[int, Field(strict=True, ge=0, le=MAX_INT)] = 10
+    """Iterations for which they then wait for more prompts."""
+
+
 class EngineSpec(Section):
     """The serving engine and the settings that the planner shall not choose itself.
 
@@ -219,6 +230,8 @@ class EngineSpec(Section):
         Literal["guaranteed_no_evict", "max_utilization", "static_batch"] | None
     ) = None
     """TensorRT-LLM: how requests are admitted; ``None``: its default."""
+    attention_dp_config: AttentionDpSpec | None = None
+    """TensorRT-LLM: how attention groups wait for one another's prompts; ``None``: they do not."""
     async_scheduling: Flag | None = None
     """Whether a batch is formed while its predecessor runs (vLLM: async scheduling; SGLang and
     TensorRT-LLM: overlap scheduler); ``None``: the version's default."""
@@ -263,6 +276,11 @@ class EngineSpec(Section):
                 known["max_num_batched_tokens"] = None
         if self.disable_radix_cache is not None:
             known["prefix_caching"] = not self.disable_radix_cache
+        waits = self.attention_dp_config
+        if waits is not None:
+            known["balance"] = (
+                (waits.timeout_iters, waits.batching_wait_iters) if waits.enable_balance else None
+            )
         return EngineSettings(**known, async_scheduling=self.async_scheduling)
 
 

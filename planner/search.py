@@ -139,7 +139,7 @@ class Search:
         space = enumerate_space(self.problem)
         if space.plans:
             # The first run on a machine compiles the simulator; a limit on the search does not pay.
-            self.problem.start(space.plans[0]).advance(1)
+            self.problem.compile_loops(space.plans)
         self._deadline_s = time.monotonic() + self.problem.search_limits.time_limit_s
         self._candidates = tuple(
             Candidate(plan, rank, _UNKNOWN_SCORE) for rank, plan in enumerate(space.plans)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from planner.problem import Problem
     from simulator.model import Layer, ModelShape
 
-LOCKSTEP = "attention data parallel is not simulated yet: its groups schedule in lockstep"
 FORBIDDEN = "search.space.forbid leaves it out"
 STAGES = "more pipeline stages than layers, or layers that are not the model's"
+STAGED_GROUPS = "attention groups (dp) in pipeline stages are not simulated"
 MIXED_STAGES = "pipeline stages of layers with caches of several kinds are not simulated"
 HEADS = "attention heads do not divide by tp"
 FFN = "MLP or expert width does not divide by the devices that it is cut over"
@@ -28,7 +28,7 @@ KV_HEADS = "KV heads neither divide by tp nor are divided by it"
 RECURRENT = "linear-attention or state-space heads do not divide by tp"
 QUANT_BLOCKS = "MLP or expert width per rank is no multiple of the weights' quantisation block"
 NODE = "tp is wider than a node"
-COLLECTIVES = "no all-reduce times at this tp"
+COLLECTIVES = "no times of the all-reduce at this tp, or of what attention groups exchange"
 BUDGET = "max_num_batched_tokens is below max_num_seqs"
 WHOLE_PROMPTS = "max_num_batched_tokens is below the longest prompt, which is not cut"
 DEVICES = "more devices than the pool has"
@@ -39,8 +39,8 @@ KV_CACHE = "KV cache cannot hold one request of max_model_len"
 RULES = (
     FORBIDDEN,
     *LAYOUT_RULES,
-    LOCKSTEP,
     STAGES,
+    STAGED_GROUPS,
     MIXED_STAGES,
     HEADS,
     FFN,
@@ -89,10 +89,10 @@ def _launch_rule(
     layout_rule = broken_layout(problem.engine.layouts, problem.model, shape)
     if layout_rule is not None:
         return layout_rule
-    if shape.dp > 1:
-        return LOCKSTEP
     if not _stages_hold(problem, shape):
         return STAGES
+    if shape.pp > 1 and shape.dp > 1:
+        return STAGED_GROUPS
     layout = problem.layout(shape)
     if shape.pp > 1 and (layout.windowed or layout.fixed):
         return MIXED_STAGES
@@ -101,7 +101,7 @@ def _launch_rule(
             return rule
     for rule, broken in (
         (NODE, not on_any_node and not _nodes_join(problem, shape)),
-        (COLLECTIVES, shape.tp not in problem.compiler.widths),
+        (COLLECTIVES, not _collectives_have_times(problem, shape)),
         (
             BUDGET,
             problem.engine.budget_covers_sequences
@@ -167,6 +167,12 @@ def _ffn_sizes(layer: Layer, shape: Shape, rule: str) -> Iterator[tuple[int, boo
             yield width, width % ranks != 0
         else:
             yield width, dtype == "fp8_block" and width // ranks % FP8_BLOCK != 0
+
+
+def _collectives_have_times(problem: Problem, shape: Shape) -> bool:
+    """Whether tensor-parallel ranks can reduce and attention groups exchange their tokens."""
+    compiler = problem.compiler
+    return shape.tp in compiler.widths and (shape.dp == 1 or compiler.joins_groups)
 
 
 def _nodes_join(problem: Problem, shape: Shape) -> bool:
@@ -244,7 +250,11 @@ def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
             if joined <= problem.devices_per_node
             else (f", and a wider replica fills whole nodes, up to {joined} devices")
         )
-        return f"tp is {plan.shape.tp}; a node has {problem.devices_per_node} devices{wider}"
+        shape = plan.shape
+        width = f"{shape.text} takes {shape.devices}"
+        if shape.devices == shape.tp:
+            width = f"tp is {shape.tp}"
+        return f"{width}; a node has {problem.devices_per_node} devices{wider}"
     if rule == BUDGET:
         limits = plan.limits
         return f"{limits.max_num_batched_tokens} tokens are below {limits.max_num_seqs} sequences"

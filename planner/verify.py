@@ -39,7 +39,6 @@ from planner.verify_bounds import Floors, cacheable, floors_of, lower_outcome
 from planner.verify_document import Document, RejectedError, Verified, difference
 from planner.verify_support import budgets_of, lowest_cost, widest_limits, wrong_claim
 from simulator.plan import Plan
-from simulator.run import Run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 
     from planner.problem import Problem
     from simulator.plan import BatchingLimits, Shape
-    from simulator.run import RunResult
+    from simulator.run import Run, RunResult
 
 SAMPLE: Final = 16
 """Finished runs that are simulated again where no other number is asked for."""
@@ -341,18 +340,7 @@ class _Verifier:
         return self.classes[plan.shape, plan.limits]
 
     def _start(self, plan: Plan) -> Run:
-        problem = self.problem
-        cost = problem.compiler.compile(plan.shape, plan.limits)
-        limits, rules = problem.replica_limits(plan), problem.rules_of(plan.shape)
-        return Run(
-            problem.workload,
-            plan.replicas,
-            limits,
-            cost,
-            rules,
-            record_gaps=self._records_gaps,
-            plain=True,
-        )
+        return self.problem.start(plan, record_gaps=self._records_gaps, plain=True)
 
     @property
     def _records_gaps(self) -> bool:

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from simulator.device import Device
-    from simulator.engine_rules import GraphRules, HostConstants
+    from simulator.engine_rules import GraphRules, HostConstants, LockstepRules
     from simulator.fabric import Fabric
     from simulator.interpolate import FloatArray
+    from simulator.lockstep_cost import Lockstep
     from simulator.model import ModelShape
     from simulator.plan import Shape
     from simulator.stages import SpareLayers
@@ -83,6 +84,8 @@ class CostCompiler:
         By ``tp``, the message size from which NCCL reduces instead of the engine's own kernel.
     spare_layers
         Where layers go that do not divide by the pipeline stages.
+    lockstep
+        How attention groups of one replica run; ``None``: there is always one.
     max_tokens, max_seqs, max_context
         Largest token budget, sequence count and context that any plan will ask for.
 
@@ -99,6 +102,7 @@ class CostCompiler:
         fabric: Fabric | None = None,
         nccl_all_reduce_from_bytes: Mapping[int, int] = MappingProxyType({}),
         spare_layers: SpareLayers = "before_last",
+        lockstep: LockstepRules | None = None,
         max_tokens: int,
         max_seqs: int,
         max_context: int,
@@ -111,10 +115,11 @@ class CostCompiler:
             lengths=np.arange(max_context + 1),
         )
         self._kernels = Kernels(
-            device, table, host, graphs, fabric, nccl_all_reduce_from_bytes, self._sizes
+            device, table, host, graphs, fabric, nccl_all_reduce_from_bytes, self._sizes, lockstep
         )
         self._spare_layers = spare_layers
         self._costs: dict[tuple[Shape, BatchingLimits], IterationCost] = {}
+        self._in_lockstep: dict[tuple[Shape, BatchingLimits], Lockstep] = {}
         self._pipelines: dict[Shape, tuple[tuple[StageCost, ...], tuple[int, ...]]] = {}
 
     @property
@@ -139,8 +144,17 @@ class CostCompiler:
         beyond = {2**i for i in range(reach.bit_length()) if max(measured, default=1) < 2**i}
         return tuple(sorted({1, *measured, *(width for width in beyond if width <= reach)}))
 
+    @property
+    def joins_groups(self) -> bool:
+        """Whether what attention groups exchange has a time."""
+        measured = {operation for operation, _ in self._kernels.table.nccl}
+        return measured >= {"all_gather", "reduce_scatter"} and self._kernels.lockstep is not None
+
     def compile(self, shape: Shape, limits: BatchingLimits) -> IterationCost:
         """Cost of a replica of that shape under ``limits``; its arrays are views of shared ones.
+
+        With several attention groups it is one group's, and of an iteration a lower bound: what
+        the groups do together is :meth:`compile_lockstep`'s.
 
         Raises
         ------
@@ -150,7 +164,7 @@ class CostCompiler:
         """
         if (shape, limits) not in self._costs:
             kinds, stages = self._pipeline(shape)
-            costs = [kind.cost(limits) for kind in kinds]
+            costs = [kind.cost(self._of_group(shape, limits)) for kind in kinds]
             if shape.pp == 1:
                 self._costs[shape, limits] = costs[0]
             else:
@@ -158,6 +172,30 @@ class CostCompiler:
                 send_s = self._send_s(shape)[: tokens + 1]
                 self._costs[shape, limits] = stages_of(costs, stages, send_s)
         return self._costs[shape, limits]
+
+    def compile_lockstep(self, shape: Shape, limits: BatchingLimits) -> Lockstep | None:
+        """What attention groups of a replica do together; ``None`` where there is one group.
+
+        Raises
+        ------
+        ValueError
+            If the shape has pipeline stages too: groups and stages together are not modelled.
+
+        """
+        if shape.dp == 1:
+            return None
+        if shape.pp > 1:
+            raise ValueError(f"{shape.text}: attention groups in pipeline stages are not modelled")
+        if (shape, limits) not in self._in_lockstep:
+            (stage,), _ = self._pipeline(shape)
+            cost = stage.in_lockstep(self._of_group(shape, limits))
+            self._in_lockstep[shape, limits] = cost
+        return self._in_lockstep[shape, limits]
+
+    def _of_group(self, shape: Shape, limits: BatchingLimits) -> BatchingLimits:
+        """Limits of one attention group."""
+        rules = self._kernels.lockstep
+        return limits if shape.dp == 1 or rules is None else rules.limits_of(limits, shape.dp)
 
     def _pipeline(self, shape: Shape) -> tuple[tuple[StageCost, ...], tuple[int, ...]]:
         """The distinct stages of a replica, and which of them each of its stages is."""
@@ -214,7 +252,7 @@ class CostCompiler:
         longest
             Longest prompt, tokens.
         """
-        at = self._index(tokens, sequences, context, longest)
+        at = self._index(tokens, sequences, context, longest, shape.dp)
         worst: dict[str, Provenance] = {}
         for part in sorted(self._parts_of(shape), key=lambda part: part.name):
             label = Provenance(int(part.label[at[part.axis]]))
@@ -226,7 +264,8 @@ class CostCompiler:
 
         Prompts count one by one; everything else is taken at the means of ``load``.
         """
-        at = self._index(round(load.tokens), round(load.decodes), round(load.context), longest=0)
+        mean = round(load.tokens), round(load.decodes), round(load.context)
+        at = self._index(*mean, longest=0, groups=shape.dp)
         at[Axis.PROMPT_TOKENS] = min(round(load.prompt_tokens), len(self._sizes.tokens) - 1)
         at[Axis.SAMPLED] = min(round(load.sampled), len(self._sizes.sequences))
         prompts = np.minimum(load.prompts, self._sizes.lengths[-1])
@@ -244,15 +283,19 @@ class CostCompiler:
         return out
 
     def _index(
-        self, tokens: int, sequences: int, context: int, longest: int
+        self, tokens: int, sequences: int, context: int, longest: int, groups: int
     ) -> dict[Axis, int | tuple[int, int]]:
-        """Where each axis' arrays are read for one point of operation, clamped to their sizes."""
+        """Where each axis' arrays are read for one point of operation, clamped to their sizes.
+
+        Every one of the attention ``groups`` is taken to have as many tokens.
+        """
         knots = self._sizes.contexts
         row = min(sequences, len(self._sizes.sequences))
         column = min(int(np.searchsorted(knots, context)), len(knots) - 1)
         tokens = min(tokens, len(self._sizes.tokens) - 1)
         return {
             Axis.TOKENS: tokens,
+            Axis.GROUPS_TOKENS: groups * tokens,
             Axis.PROMPT_TOKENS: tokens,
             Axis.SAMPLED: row,
             Axis.DECODES: (row, column),

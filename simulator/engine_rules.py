@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from simulator.plan import BatchingLimits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from simulator.plan import BatchingLimits
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,64 @@ class HostConstants:
         """Refuse constants that would make prompt tokens cheaper than decode tokens."""
         if self.prefill_multiplier < 1.0:
             raise ValueError(f"prefill_multiplier is {self.prefill_multiplier}; it must be >= 1")
+
+
+Padding = Literal["none", "widest", "widest_if_half"]
+"""How attention groups' tokens are laid out for one another in an iteration without a graph:
+
+``none``
+    Each brings as many as it has.
+``widest``
+    Every group is padded to the one with most tokens.
+``widest_if_half``
+    So it is where at least half of the padded tokens are real ones, else as ``none``.
+"""
+
+
+@dataclass(frozen=True)
+class LockstepRules:
+    """How an engine version runs the attention groups of one replica (``Shape.dp`` above 1).
+
+    Parameters
+    ----------
+    padding, padding_with_prompts
+        Of an iteration that replays no graph: without prompt tokens in any group, and with.
+    idle_tokens
+        Tokens that a group without work computes while another one works.
+    shares_seqs, shares_tokens
+        Whether the limits that the engine is started with are the replica's, of which each group
+        gets an equal part; otherwise they are each group's own.
+    graphs_with_prompts
+        Whether iterations with prompt tokens can replay graphs, where the version has such.
+    router
+        How requests are dealt out to groups, a name of `simulator.rules.ROUTERS`.
+    reserve_factor
+        Factor on the share of outstanding output that admission reserves (SGLang).
+    hold_iterations, gather_iterations
+        TensorRT-LLM's ``attention_dp_config``: admission waits until every group has a prompt,
+        ``timeout_iters`` iterations at most, and then up to ``batching_wait_iters`` more for
+        further ones; 0 each where ``enable_balance`` is off.
+
+    """
+
+    padding: Padding
+    padding_with_prompts: Padding
+    idle_tokens: int
+    shares_seqs: bool
+    shares_tokens: bool
+    graphs_with_prompts: bool
+    router: str
+    reserve_factor: float = 1.0
+    hold_iterations: int = 0
+    gather_iterations: int = 0
+
+    def limits_of(self, limits: BatchingLimits, groups: int) -> BatchingLimits:
+        """Limits of one of ``groups`` groups of a replica that is started with ``limits``."""
+        seqs, tokens = limits.max_num_seqs, limits.max_num_batched_tokens
+        return BatchingLimits(
+            max(1, seqs // groups) if self.shares_seqs else seqs,
+            max(1, tokens // groups) if self.shares_tokens else tokens,
+        )
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def collective_parts(
     fabric: Fabric | None,
     nccl_from_bytes: Mapping[int, int],
 ) -> Iterator[Part]:
-    """Collectives of one layer by tokens of the rank's own attention group.
+    """Collectives of one layer: inside an attention group by its tokens, between them by all.
 
     Parameters
     ----------
@@ -73,13 +73,13 @@ def collective_parts(
         # Strided over the stage: groups of a stage that leaves a machine meet across the network.
         leaves = fabric is not None and shape.width > fabric.local
         ranks = shape.width if leaves else shape.dp
-        elements = shape.dp * np.maximum(sizes.tokens, 1) * model.hidden_size
+        elements = np.maximum(sizes.in_groups(shape.dp), 1) * model.hidden_size
         for name, operation in (
             ("all-gather tokens", "all_gather"),
             ("reduce-scatter tokens", "reduce_scatter"),
         ):
             time_s, label = nccl_s(table, device, operation, ranks, elements, fabric)
-            yield Part(name, Axis.TOKENS, time_s, label)
+            yield Part(name, Axis.GROUPS_TOKENS, time_s, label)
 
 
 def _all_reduce(

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 NULL_BLOCKS: Final = 1
 """vLLM keeps one block as the null block (v1/core/block_pool.py)."""
 
+LARGE_GRAPH: Final = 300
+"""Sequences of a decode graph beyond which SGLang keeps more for attention data parallel
+(server_args.py, ``_handle_gpu_memory_settings``)."""
+
 _RESIDUAL_STREAMS: Final = 3
 """Live hidden-width tensors at the MLP peak of vLLM's Llama layer (model_executor/models/llama.py):
 the residual, the normalised input and the layer's output."""
@@ -88,6 +92,11 @@ class Reserve:
         Per sequence of the largest decode graph.
     prompt_graph_bytes, latent_bytes
         Per prompt graph; models with latent attention keep ``latent_bytes`` for all instead.
+    group_bytes
+        Kept where attention is data parallel.
+    group_sequence_bytes, large_group_sequence_bytes
+        Per attention group and sequence of the largest decode graph, where there are several
+        groups; the second only, and on top, where that graph holds more than `LARGE_GRAPH`.
     least_bytes
         Kept at least.
     graphs
@@ -104,10 +113,24 @@ class Reserve:
     sequence_bytes: int = 0
     prompt_graph_bytes: int = 0
     latent_bytes: int = 0
+    group_bytes: int = 0
+    group_sequence_bytes: int = 0
+    large_group_sequence_bytes: int = 0
     least_bytes: int = 0
 
-    def of(self, device_bytes: int, tp: int, limits: BatchingLimits, *, has_latent: bool) -> float:
-        """The fraction at width ``tp`` under ``limits``, in thousandths as the engine rounds it."""
+    def of(
+        self,
+        device_bytes: int,
+        tp: int,
+        limits: BatchingLimits,
+        *,
+        has_latent: bool,
+        groups: int = 1,
+    ) -> float:
+        """The fraction at width ``tp`` under ``limits``, in thousandths as the engine rounds it.
+
+        ``tp`` counts the ranks of all attention ``groups``.
+        """
         tokens = max(limits.max_num_batched_tokens, self.least_tokens)
         if self.most_tokens:
             tokens = min(tokens, self.most_tokens)
@@ -118,6 +141,10 @@ class Reserve:
         else:
             prompt_graphs = self.graphs.captured_with_prompts(limits, tp)
             kept += self.prompt_graph_bytes * len(prompt_graphs)
+        if groups > 1:
+            largest = self.graphs.largest(tp)
+            more = self.large_group_sequence_bytes if largest > LARGE_GRAPH else 0
+            kept += self.group_bytes + (self.group_sequence_bytes + more) * groups * largest
         return round((device_bytes - max(kept, self.least_bytes)) / device_bytes, 3)
 
 
@@ -160,14 +187,26 @@ class MemoryRules:
     null_blocks: int = NULL_BLOCKS
     spare_layers: SpareLayers = "before_last"
 
-    def fraction(self, model: ModelShape, device: Device, tp: int, limits: BatchingLimits) -> float:
-        """The memory fraction of a ``tp``-wide replica under ``limits``."""
-        rule = self.memory_fraction
+    def fraction(
+        self,
+        model: ModelShape,
+        device: Device,
+        tp: int,
+        limits: BatchingLimits,
+        *,
+        groups: int = 1,
+    ) -> float:
+        """The memory fraction of a replica of ``groups`` attention groups, each ``tp`` wide.
+
+        SGLang's rules follow its ``--tp-size``, which is the width of all groups.
+        """
+        rule, width = self.memory_fraction, groups * tp
         if isinstance(rule, ShareByWidth):
-            return rule.of(tp)
+            return rule.of(width)
         if isinstance(rule, Reserve):
             has_latent = any(isinstance(x.mixer, LatentAttention) for x in model.layer_counts)
-            return rule.of(device.memory_bytes, tp, limits, has_latent=has_latent)
+            size = device.memory_bytes
+            return rule.of(size, width, limits, has_latent=has_latent, groups=groups)
         return rule
 
 
@@ -263,7 +302,7 @@ def memory_budgets(
     Parameters as of :func:`memory_budget`.
     """
     stages = stages_of_replica(model, shape, rules.spare_layers)
-    fraction = rules.fraction(model, device, shape.tp, limits)
+    fraction = rules.fraction(model, device, shape.tp, limits, groups=shape.dp)
     return tuple(_stage_budget(stage, device, shape, limits, rules, fraction) for stage in stages)
 
 

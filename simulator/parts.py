@@ -42,6 +42,7 @@ class Axis(Enum):
     """What a part's time is counted over."""
 
     TOKENS = "all tokens of an iteration"
+    GROUPS_TOKENS = "all tokens of an iteration in all attention groups"
     PROMPT_TOKENS = "prompt tokens of an iteration"
     DECODES = "decoding sequences and their mean context"
     PROMPT = "tokens of one prompt so far"
@@ -60,9 +61,10 @@ class Part:
         What the arrays are indexed by.
     time_s, label
         Seconds and their provenance, alike in shape: (T + 1,) from 0 tokens for `Axis.TOKENS` and
-        `Axis.PROMPT_TOKENS`, (S + 1, K) from 0 sequences for `Axis.DECODES`, (L + 1,) from 0
-        tokens for `Axis.PROMPT`, (S + 1,) from 0 sequences for `Axis.SAMPLED`. A time of nothing
-        is the launch for `Axis.DECODES` and meaningless elsewhere.
+        `Axis.PROMPT_TOKENS`, (D * T + 1,) for `Axis.GROUPS_TOKENS` of D groups, (S + 1, K) from 0
+        sequences for `Axis.DECODES`, (L + 1,) from 0 tokens for `Axis.PROMPT`, (S + 1,) from 0
+        sequences for `Axis.SAMPLED`. A time of nothing is the launch for `Axis.DECODES` and
+        meaningless elsewhere.
 
     """
 
@@ -94,21 +96,25 @@ class Sizes:
     contexts: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
 
+    def in_groups(self, groups: int) -> npt.NDArray[np.int64]:
+        """Tokens from 0 that ``groups`` attention groups can have together, (D * T + 1,)."""
+        return np.arange(groups * (len(self.tokens) - 1) + 1)
+
 
 def layer_parts(
     model: ModelShape, device: Device, table: KernelTable, layer: Layer, shape: Shape, sizes: Sizes
 ) -> Iterator[Part]:
     """Every operator of one layer on one rank but its collectives; names may repeat.
 
-    Sizes count what the rank's own attention group holds; under attention data parallel routed
-    experts meet as many tokens of every other group.
+    Sizes count what the rank's own attention group holds. Under attention data parallel routed
+    experts meet the tokens of all groups and are counted over those (`Axis.GROUPS_TOKENS`).
     """
     rows = np.maximum(sizes.tokens, 1)
     for op in layer_gemms(model, layer, shape):
         time_s, label = gemm_s(table, device, op.dtype, rows, op.n, op.k)
         yield Part(f"gemm {op.name}", Axis.TOKENS, time_s, label)
     if isinstance(layer.ffn, Experts):
-        yield _experts(model, device, table, layer.ffn, shape, rows)
+        yield _experts(model, device, table, layer.ffn, shape, sizes)
     streams = elementwise(model, layer, shape)
     traffic_bytes = streams.bytes_per_token * sizes.tokens.astype(np.float64)
     traffic_s = traffic_bytes / device.elementwise_bytes_per_s
@@ -131,7 +137,7 @@ def _experts(
     table: KernelTable,
     ffn: Experts,
     shape: Shape,
-    rows: npt.NDArray[np.int64],
+    sizes: Sizes,
 ) -> Part:
     """Routed experts of the most loaded rank."""
     time_s, label = moe_s(
@@ -146,9 +152,10 @@ def _experts(
         moe_ep=shape.ep,
         gated=ffn.gated,
         skew=EXPERT_SKEW,
-        tokens=shape.dp * rows,
+        tokens=np.maximum(sizes.in_groups(shape.dp), 1),
     )
-    return Part("experts", Axis.TOKENS, time_s, label)
+    axis = Axis.TOKENS if shape.dp == 1 else Axis.GROUPS_TOKENS
+    return Part("experts", axis, time_s, label)
 
 
 def _attention(

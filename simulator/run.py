@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simulator import jump
+from simulator import jump, lockstep
 from simulator.ahead import nothing_ahead
 from simulator.engine import advance, empty_gaps
 from simulator.iteration_log import IterationLog, Iterations, empty_log, iterations_of
@@ -39,6 +39,7 @@ from simulator.timing import in_s
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from simulator.lockstep_cost import Lockstep
     from simulator.rules import Rules
     from simulator.state import Limits, State
     from simulator.timing import IterationCost
@@ -126,6 +127,9 @@ class Run:
         What runs, on how many replicas, under which limits, at what cost per iteration.
     rules
         The engine's batching rules.
+    together
+        What the attention groups of a replica do in lockstep: limits, cost and router are then one
+        group's. ``None``: a replica is one group.
     record_gaps
         Whether to keep the gaps between tokens (for ITL).
     plain
@@ -148,18 +152,25 @@ class Run:
         cost: IterationCost,
         rules: Rules,
         *,
+        together: Lockstep | None = None,
         record_gaps: bool = False,
         plain: bool = False,
     ) -> None:
         _check(workload, limits, cost, rules)
+        if together is not None and rules.batches_in_flight > 1:
+            raise ValueError("attention groups in pipeline stages are not simulated")
         self.workload = workload
         self.limits = limits
         self.cost = cost
         self.rules = of_policy(rules)
-        self.state: State = initial_state(workload, replicas, limits, rules, cost)
+        self.replicas, self._together = replicas, together
+        groups = 1 if together is None else together.groups
+        self.state: State = initial_state(workload, replicas * groups, limits, rules, cost)
+        self._groups = lockstep.empty_groups(replicas, groups)
         self._plain = plain or record_gaps
         self._ahead = nothing_ahead(self.state, limits)
-        self._gaps = empty_gaps(_RECORD_ENTRIES + self.state.running.shape[1] if record_gaps else 0)
+        at_once = groups * self.state.running.shape[1]
+        self._gaps = empty_gaps(_RECORD_ENTRIES + at_once if record_gaps else 0)
         self._kept: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
         self._log: IterationLog | None = None
         self._kept_log: list[IterationLog] = []
@@ -187,6 +198,9 @@ class Run:
 
     def _advance(self, max_iterations: int) -> bool:
         """One call of the loop that fits what is recorded; it may return early."""
+        if self._together is not None:
+            held = self.limits, self.rules, self.cost, self._together, self._gaps, self._groups
+            return bool(lockstep.advance(self.state, *held, max_iterations, self._log))
         what = self.limits, self.rules, self.cost, self._gaps, max_iterations
         if self._plain or self._log is not None:
             return bool(advance(self.state, *what, self._log))
@@ -235,7 +249,7 @@ class Run:
             preemptions=int(request[:, PREEMPTIONS].sum()),
             usage=self.usage(),
             gaps=gaps,
-            replica=request[:, REPLICA].copy(),
+            replica=request[:, REPLICA] % self.replicas,
             preempted=request[:, PREEMPTIONS].copy(),
             cached_tokens=self._cached_tokens(),
             log=log,

@@ -13,6 +13,7 @@ from simulator.collectives import nccl_s
 from simulator.gemm import gemm_s
 from simulator.interpolate import Provenance
 from simulator.layer_collectives import all_reduces, collective_parts
+from simulator.lockstep_cost import graph_sizes_by_tokens, least_cost, lockstep_of
 from simulator.model import Experts, Layer
 from simulator.ops import head_gemm, sampler_bytes_per_sequence
 from simulator.parts import Axis, Part, Sizes, layer_parts
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from simulator.device import Device
-    from simulator.engine_rules import GraphRules, HostConstants
+    from simulator.engine_rules import GraphRules, HostConstants, LockstepRules
     from simulator.fabric import Fabric
     from simulator.interpolate import FloatArray
+    from simulator.lockstep_cost import Lockstep
     from simulator.model import ModelShape
     from simulator.plan import BatchingLimits, Shape
     from simulator.stages import Stage
@@ -49,6 +51,8 @@ class Kernels:
         By width, the message size from which NCCL reduces instead of the engine's own kernel.
     sizes
         Every size that a plan may meet.
+    lockstep
+        How attention groups of one replica run; ``None``: there is always one.
 
     """
 
@@ -59,6 +63,7 @@ class Kernels:
     fabric: Fabric | None
     nccl_from_bytes: Mapping[int, int]
     sizes: Sizes
+    lockstep: LockstepRules | None = None
     _layers: dict[tuple[Layer, Shape], tuple[Part, ...]] = field(default_factory=dict, init=False)
 
     def layer(self, model: ModelShape, layer: Layer, shape: Shape) -> tuple[Part, ...]:
@@ -96,21 +101,21 @@ class StageCost:
         self._sums: dict[Axis, FloatArray] = {}
 
     def cost(self, limits: BatchingLimits) -> IterationCost:
-        """One-stage cost under ``limits``; its arrays are views of shared ones."""
-        kernels, tp = self._kernels, self._shape.tp
+        """One-stage cost under ``limits``; its arrays are views of shared ones.
+
+        Of attention groups in lockstep ``limits`` are one group's, and the cost is what an
+        iteration takes at least for one of them: with no token in the others, dummies aside.
+        """
+        kernels, tokens = self._kernels, self._most_tokens(limits)
         graphs, host = kernels.graphs, kernels.host
-        # SGLang's budget counts prompts only: a decode batch may be larger.
-        tokens = max(limits.max_num_batched_tokens, limits.max_num_seqs)
-        decode, mixed = self._linear_s(
-            graphs.captured(limits, tp), graphs.captured_with_prompts(limits, tp)
-        )
+        decode, mixed = self._linear_s(*self._captured(limits))
         floor = host.eager_layer_s * self._model.num_layers
         if self._shape.ep > 1:
             layers = self._model.layer_counts.items()
             dealt = sum(n for layer, n in layers if isinstance(layer.ffn, Experts))
             floor += host.eager_dealt_layer_s * dealt
         seqs = min(limits.max_num_seqs, len(kernels.sizes.sequences))
-        return one_stage(
+        cost = one_stage(
             decode_s=decode[: tokens + 1],
             mixed_s=mixed[: tokens + 1],
             sampled_s=self._sum(Axis.SAMPLED)[: seqs + 1],
@@ -121,6 +126,44 @@ class StageCost:
             mixed_floor_s=floor,
             iteration_host_s=host.iteration_s,
         )
+        return cost if self._shape.dp == 1 else least_cost(cost, self.in_lockstep(limits))
+
+    def in_lockstep(self, limits: BatchingLimits) -> Lockstep:
+        """What attention groups in lockstep add to :meth:`cost`, under one group's ``limits``.
+
+        The iteration is taken as a whole: where all layers are alike the group that is slowest in
+        one of them is so in all, so that the groups wait for one another only once.
+        """
+        kernels, tokens = self._kernels, self._most_tokens(limits)
+        assert kernels.lockstep is not None
+        captured, with_prompts = self._captured(limits)
+        decode, mixed = self._linear_s(captured, with_prompts)
+        shared = self._sum(Axis.GROUPS_TOKENS)[: self._shape.dp * tokens + 1]
+        padded = kernels.graphs.padded
+        return lockstep_of(
+            own_decode_s=decode[: tokens + 1],
+            own_mixed_s=mixed[: tokens + 1],
+            shared_decode_s=shared,
+            shared_mixed_s=shared * kernels.host.prefill_multiplier,
+            decode_sizes=graph_sizes_by_tokens(captured, tokens, padded=padded),
+            mixed_sizes=graph_sizes_by_tokens(with_prompts, tokens, padded=padded),
+            groups=self._shape.dp,
+            rules=kernels.lockstep,
+        )
+
+    def _most_tokens(self, limits: BatchingLimits) -> int:
+        """Most tokens of an iteration: SGLang's budget counts prompts only, decodes go beyond."""
+        return max(limits.max_num_batched_tokens, limits.max_num_seqs)
+
+    def _captured(self, limits: BatchingLimits) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Graph sizes of iterations without prompt tokens, and with."""
+        graphs, rules = self._kernels.graphs, self._kernels.lockstep
+        # SGLang's sizes follow --tp-size, which is the width of the stage.
+        width = self._shape.width
+        with_prompts = graphs.captured_with_prompts(limits, width)
+        if self._shape.dp > 1 and rules is not None and not rules.graphs_with_prompts:
+            with_prompts = ()
+        return graphs.captured(limits, width), with_prompts
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -164,6 +207,8 @@ class StageCost:
             if axis is Axis.SAMPLED and self._stage.is_last:
                 total = total + self._kernels.host.sequence_s * np.arange(len(total))
                 total[0] = 0.0
+            if axis is Axis.GROUPS_TOKENS:
+                total[0] = 0.0
             if axis in (Axis.PROMPT, Axis.PROMPT_TOKENS):
                 total = total * self._kernels.host.prefill_multiplier
             for along in range(total.ndim):
@@ -176,6 +221,7 @@ class StageCost:
         sizes = self._kernels.sizes
         return {
             Axis.TOKENS: (len(sizes.tokens),),
+            Axis.GROUPS_TOKENS: (len(sizes.in_groups(self._shape.dp)),),
             Axis.PROMPT_TOKENS: (len(sizes.tokens),),
             Axis.DECODES: (len(sizes.sequences) + 1, len(sizes.contexts)),
             Axis.PROMPT: (len(sizes.lengths),),

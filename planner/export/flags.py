@@ -225,6 +225,12 @@ def _trtllm_options(problem: Problem, plan: Plan) -> dict[str, object]:
     options: dict[str, object] = {"kv_cache_config": cache} if cache else {}
     if plan.shape.dp > 1:
         options["enable_attention_dp"] = True
+        if problem.lockstep is not None and problem.lockstep.hold_iterations:
+            options["attention_dp_config"] = {
+                "enable_balance": True,
+                "timeout_iters": problem.lockstep.hold_iterations,
+                "batching_wait_iters": problem.lockstep.gather_iterations,
+            }
     if plan.shape.layers:
         options["pp_partition"] = list(plan.shape.layers)
     if rules.chunked != default.chunked:
@@ -255,5 +261,6 @@ def _switch(name: str, *, on: bool) -> str:
 
 def _fraction(problem: Problem, plan: Plan) -> str:
     """The memory fraction under the plan's limits, also where the engine would derive it."""
-    rules = problem.memory_rules
-    return str(rules.fraction(problem.model, problem.device, plan.shape.tp, plan.limits))
+    rules, shape = problem.memory_rules, plan.shape
+    where = problem.model, problem.device, shape.tp, plan.limits
+    return str(rules.fraction(*where, groups=shape.dp))

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from planner.errors import PlannerError
 from planner.io.yaml_file import read_mapping
 from planner.layouts import Groups  # noqa: TC001  (pydantic reads it)
+from simulator.engine_rules import Padding  # noqa: TC001  (pydantic reads it)
 from simulator.stages import SpareLayers  # noqa: TC001  (pydantic reads it)
 
 ENGINES: Final = ("vllm", "sglang", "trtllm")
@@ -192,6 +193,9 @@ class ReserveRule(_Entry):
     sequence_mib: float = 0.0
     prompt_graph_mib: float = 0.0
     latent_mib: float = 0.0
+    group_mib: float = 0.0
+    group_sequence_mib: float = 0.0
+    large_group_sequence_mib: float = 0.0
     source: str
 
 
@@ -209,6 +213,19 @@ class LayoutRules(_Entry):
     expert_groups: Groups
     attention_groups: Groups
     even_experts: bool
+    source: str
+
+
+class Lockstep(_Entry):
+    """How attention groups run together, see `simulator.engine_rules.LockstepRules`."""
+
+    padding: Padding
+    padding_with_prompts: Padding
+    idle_tokens: Annotated[int, Field(ge=0, le=1)]
+    limits_of: Literal["group", "replica"]
+    graphs_with_prompts: bool = True
+    router: Literal["round_robin", "least_loaded", "shortest_queue"]
+    reserve_factor: Annotated[float, Field(gt=0)] = 1.0
     source: str
 
 
@@ -244,6 +261,7 @@ class Version(_Entry):
     own_micro_batches: bool = False
     spare_layers: SpareLayers = "before_last"
     layouts: LayoutRules
+    lockstep: Lockstep | None = None
     capacity_policy: CapacityPolicy | None = None
     accounting: Accounts
     memory_fraction: Fact | ShareByTp | ReserveRule
@@ -254,6 +272,12 @@ class Version(_Entry):
     nccl_all_reduce_from_bytes: AllReduceRule | None = None
     overhead_gib: Fact | Transferred
     host: Host | Transferred
+
+    @model_validator(mode="after")
+    def _says_how_groups_run(self) -> Version:
+        if self.lockstep is None and self.layouts.attention_groups != "one":
+            raise ValueError("layouts.attention_groups needs lockstep: how such groups run")
+        return self
 
 
 class EngineFile(_Entry):

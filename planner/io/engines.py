@@ -21,7 +21,7 @@ from planner.io.engine_file import (
 )
 from planner.io.profiles import available_kernel_tables
 from planner.layouts import Layouts
-from simulator.engine_rules import GraphRules, HostConstants, graph_sizes
+from simulator.engine_rules import GraphRules, HostConstants, LockstepRules, graph_sizes
 from simulator.memory import MemoryRules, Reserve, ShareByWidth
 from simulator.plan import BatchingLimits
 from simulator.rules import POLICIES, Rules
@@ -183,6 +183,32 @@ class EngineProfile:
         rules = self._entry.layouts
         return Layouts(rules.expert_groups, rules.attention_groups, rules.even_experts)
 
+    def lockstep(
+        self, settings: EngineSettings = DEFAULTS, *, chunked: bool = True
+    ) -> LockstepRules | None:
+        """How attention groups of one replica run, or ``None`` where there is always one.
+
+        SGLang deals out ``chunked_prefill_size``, but not the budget of whole prompts
+        (server_args.py, ``max_prefill_tokens``).
+        """
+        rules = self._entry.lockstep
+        if rules is None:
+            return None
+        shares = rules.limits_of == "replica"
+        hold_iterations, gather_iterations = settings.balance or (0, 0)
+        return LockstepRules(
+            padding=rules.padding,
+            padding_with_prompts=rules.padding_with_prompts,
+            idle_tokens=rules.idle_tokens,
+            shares_seqs=shares,
+            shares_tokens=shares and chunked,
+            graphs_with_prompts=rules.graphs_with_prompts,
+            router=rules.router,
+            reserve_factor=rules.reserve_factor,
+            hold_iterations=hold_iterations,
+            gather_iterations=gather_iterations,
+        )
+
     @property
     def overlaps_with_pipeline(self) -> bool:
         """Whether a batch may be formed while its predecessor runs also with pipeline stages."""
@@ -237,6 +263,9 @@ class EngineProfile:
                 sequence_bytes=int(rule.sequence_mib * MIB),
                 prompt_graph_bytes=int(rule.prompt_graph_mib * MIB),
                 latent_bytes=int(rule.latent_mib * MIB),
+                group_bytes=int(rule.group_mib * MIB),
+                group_sequence_bytes=int(rule.group_sequence_mib * MIB),
+                large_group_sequence_bytes=int(rule.large_group_sequence_mib * MIB),
                 least_bytes=int(tier.least_mib * MIB),
             )
         return rule.value

@@ -45,6 +45,7 @@ OWN = {
         "enable_chunked_context": True,
         "enable_block_reuse": False,
         "capacity_scheduler_policy": "max_utilization",
+        "attention_dp_config": {"enable_balance": True, "timeout_iters": 60},
     },
 }
 VERSIONS = {"vllm": "0.24.0", "sglang": "0.5.9", "trtllm": "1.2.0rc6.post2"}
@@ -83,7 +84,10 @@ def test_every_setting_has_a_field() -> None:
             "sglang",
             {"chunked": True, "mixed": True, "prefill_tokens": 9000, "conservativeness": 0.5},
         ),
-        ("trtllm", {"chunked": True, "capacity_policy": "max_utilization"}),
+        (
+            "trtllm",
+            {"chunked": True, "capacity_policy": "max_utilization", "balance": (60, 10)},
+        ),
     ],
 )
 def test_settings_under_one_set_of_names(engine: str, rest: dict[str, Any]) -> None:

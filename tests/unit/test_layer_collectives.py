@@ -13,7 +13,7 @@ from simulator.cost import CostCompiler
 from simulator.engine_rules import GraphRules, HostConstants
 from simulator.layer_collectives import all_reduces, collective_parts
 from simulator.model import Experts, Layer
-from simulator.parts import Sizes, layer_parts
+from simulator.parts import Axis, Sizes, layer_parts
 from simulator.plan import BatchingLimits, Shape
 from simulator.weights import layer_weights, weight_bytes_per_rank
 
@@ -31,7 +31,7 @@ def collectives_s(shape: Shape) -> dict[str, np.ndarray]:
 
 
 def experts_s(shape: Shape, *, tokens: int, layer: Layer = LAYER) -> float:
-    """Seconds of the routed experts of one layer at so many tokens of the rank's group."""
+    """Seconds of the routed experts of one layer at so many tokens of all attention groups."""
     parts = layer_parts(MODEL, DEVICE, TABLE, Layer(None, layer.ffn, 0), shape, SIZES)
     return next(float(part.time_s[tokens]) for part in parts if part.name == "experts")
 
@@ -81,9 +81,14 @@ def test_attention_groups_gather_and_scatter_around_experts() -> None:
 
 
 def test_experts_meet_the_tokens_of_every_attention_group() -> None:
-    """Four groups of 128 tokens are 512 tokens to the experts."""
-    joined = experts_s(Shape(1, dp=4, ep=4), tokens=128)
+    """They are counted over the tokens of all groups: 512 cost as in one group with 512."""
+    joined = experts_s(Shape(1, dp=4, ep=4), tokens=512)
     assert joined == pytest.approx(experts_s(Shape(4, ep=4), tokens=512))
+    ffn = Layer(None, LAYER.ffn, 0)
+    parts = list(layer_parts(MODEL, DEVICE, TABLE, ffn, Shape(1, dp=4, ep=4), SIZES))
+    over = {part.name: (part.axis, len(part.time_s)) for part in parts}
+    assert over["experts"] == (Axis.GROUPS_TOKENS, 4 * 512 + 1)
+    assert over["gemm router"] == (Axis.TOKENS, 513)
 
 
 def test_experts_of_more_choices_take_longer() -> None:

@@ -20,7 +20,15 @@ from planner.layouts import (
     expert_groups_offered,
 )
 from planner.resolve import resolve
-from planner.space import LOCKSTEP, QUANT_BLOCKS, RULES, broken_rule, enumerate_space
+from planner.space import (
+    COLLECTIVES,
+    QUANT_BLOCKS,
+    RULES,
+    STAGED_GROUPS,
+    broken_rule,
+    enumerate_space,
+)
+from simulator.cost import CostCompiler
 from simulator.model import Experts
 from simulator.plan import BatchingLimits, Plan, Shape, parse_plan
 from tests.problems import pool, scenario
@@ -185,12 +193,34 @@ def test_search_tries_experts_cut_and_spread() -> None:
 
 
 def test_search_counts_what_it_cannot_launch_or_simulate() -> None:
-    """Partial expert groups break a rule of vLLM; attention groups are not simulated yet."""
+    """Partial expert groups break a rule of vLLM; attention groups run, but not in stages."""
     space = enumerate_space(mixture(tp=[4], pp=[1], ep=[2, 4], replicas=[1]))
     assert space.excluded == {EXPERT_GROUPS: 1}
-    space = enumerate_space(mixture(tp=[2], dp=[2], pp=[1], ep=[4], replicas=[1]))
-    assert space.excluded == {LOCKSTEP: 1}
-    assert {EXPERT_GROUPS, LOCKSTEP} < set(RULES)
+    space = enumerate_space(mixture(tp=[1, 2], dp=[2], pp=[1, 2], ep=[1, 2], replicas=[1]))
+    assert {plan.shape.text for plan in space.plans} == {"tp1dp2", "tp1dp2ep2", "tp2dp2"}
+    assert space.excluded == {EXPERT_GROUPS: 1, STAGED_GROUPS: 2}
+    assert {EXPERT_GROUPS, STAGED_GROUPS} < set(RULES)
+
+
+def test_attention_groups_need_times_of_what_they_exchange() -> None:
+    """A table without gathers and scatters runs one group only."""
+    problem = mixture(tp=[1], dp=[1, 2], pp=[1], ep=[1], replicas=[1])
+    kernels = problem.compiler._kernels
+    table = replace(kernels.table, nccl={k: v for k, v in kernels.table.nccl.items() if k[1] > 8})
+    compiler = CostCompiler(
+        problem.model,
+        problem.device,
+        table,
+        kernels.host,
+        kernels.graphs,
+        lockstep=problem.lockstep,
+        max_tokens=64,
+        max_seqs=8,
+        max_context=64,
+    )
+    space = enumerate_space(replace(problem, compiler=compiler))
+    assert [plan.shape.text for plan in space.plans] == ["tp1"]
+    assert space.excluded == {COLLECTIVES: 1}
 
 
 def test_ep_that_divides_nothing_is_an_input_error() -> None:
@@ -211,3 +241,18 @@ def test_whole_experts_need_no_width_that_divides() -> None:
     problem = replace(problem, model=replace(problem.model, layers=layers))
     plans = [Plan(1, shape, BatchingLimits(8, 64)) for shape in (Shape(4), Shape(4, ep=4))]
     assert [broken_rule(problem, plan) for plan in plans] == [QUANT_BLOCKS, None]
+
+
+def test_limits_of_one_attention_group() -> None:
+    """SGLang deals its limits out to the groups, vLLM and TensorRT-LLM start each with them."""
+    whole = BatchingLimits(100, 4096)
+    for engine, version, chunked, own in (
+        ("sglang", "0.5.9", True, BatchingLimits(25, 1024)),
+        ("sglang", "0.5.9", False, BatchingLimits(25, 4096)),
+        ("vllm", "0.24.0", True, whole),
+        ("trtllm", "1.0.0rc3", True, whole),
+    ):
+        rules = load_engine(engine, version).lockstep(chunked=chunked)
+        assert rules is not None
+        assert rules.limits_of(whole, 4) == own
+    assert load_engine("vllm", "0.6.0").lockstep() is None
