@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Final
 
@@ -30,23 +31,13 @@ if TYPE_CHECKING:
 _CHECK_EVERY: Final = 2048
 """Iterations between two looks at a run's bound; about 1 ms of simulation, ten looks' worth."""
 
-_UNKNOWN_SCORE: Final = UNKNOWN_SCORE
-
 
 @dataclass(frozen=True)
 class Progress:
     """Where a search stands.
 
-    Parameters
-    ----------
-    incumbent, score
-        Best plan so far, and its score, or ``None``.
-    bound
-        Primary score that no plan can beat.
-    plans_left
-        Plans not settled.
-    iterations
-        Iterations simulated.
+    Best plan so far and its score, primary score that no plan can beat, plans not settled, and
+    iterations simulated.
     """
 
     incumbent: Plan | None
@@ -114,7 +105,7 @@ class Search:
     exhaustive
         Simulate every plan to the end: no bound, no early stop, no shared run, no limit.
     on_progress
-        Called after each plan is settled.
+        Called as plans are settled.
     first
         A plan to simulate before any other, such as an earlier answer.
     any_plan
@@ -133,16 +124,17 @@ class Search:
     _iterations: int = field(default=0, init=False)
     _deadline_s: float = field(default=float("inf"), init=False)
     _known: PlanFloors | None = field(default=None, init=False)
+    _fresh: dict[tuple[Shape, int], Run] = field(default_factory=dict, init=False)
 
     def run(self) -> SearchResult:
         """Search until the proof closes or a limit stops it."""
         space = enumerate_space(self.problem)
         if space.plans:
             # The first run on a machine compiles the simulator; a limit on the search does not pay.
-            self.problem.compile_loops(space.plans)
+            self.problem.start(space.plans[0]).advance(1)
         self._deadline_s = time.monotonic() + self.problem.search_limits.time_limit_s
         self._candidates = tuple(
-            Candidate(plan, rank, _UNKNOWN_SCORE) for rank, plan in enumerate(space.plans)
+            Candidate(plan, rank, UNKNOWN_SCORE) for rank, plan in enumerate(space.plans)
         )
         stopped_by = None
         try:
@@ -200,6 +192,7 @@ class Search:
         columns = {
             (index[c.plan.shape, c.plan.limits], c.plan.replicas): c for c in self._candidates
         }
+        # One level for the place of each column in this order takes three times as long to solve.
         known = min((len(c.score) for c in self._candidates), default=0)
         levels = [{k: c.score[level] for k, c in columns.items()} for level in range(known)]
         levels.append({k: c.rank for k, c in columns.items()})
@@ -220,18 +213,12 @@ class Search:
 
     def _bound_families(self) -> None:
         """Give every plan the bound of its family, which holds whatever the batching limits."""
-        families: dict[tuple[Shape, int], list[Candidate]] = {}
-        for candidate in self._open():
-            plan = candidate.plan
-            families.setdefault((plan.shape, plan.replicas), []).append(candidate)
-        for (shape, _), members in families.items():
+        for (shape, _), members in self._families.items():
             self._check_limits()
-            plan = members[0].plan
-            outcome = self._lower(
-                self.problem.start(plan), plan, self._plan_floors().of_family(shape)
-            )
+            plan, known = members[0].plan, self._plan_floors().of_family(shape)
+            outcome = self._lower(self._not_begun(plan), plan, known)
             score = self.scorer.score(outcome)
-            for candidate in members:
+            for candidate in (c for c in members if c.fate is Fate.OPEN):
                 candidate.score = max(candidate.score, score)
                 self._note_broken(candidate, outcome)
 
@@ -239,7 +226,7 @@ class Search:
         """Give ``candidate`` the bound of its own limits."""
         self._check_limits()
         candidate.has_own_bound = True
-        outcome = self._lower(self.problem.start(candidate.plan), candidate.plan)
+        outcome = self._lower(self._not_begun(candidate.plan), candidate.plan)
         breaks = self._note_broken(candidate, outcome)
         candidate.raise_own(self.scorer.score(outcome), breaks=breaks)
 
@@ -290,11 +277,8 @@ class Search:
     def _settle_twins(self, candidate: Candidate, run: Run) -> None:
         """Give what was learnt of ``candidate`` to the plans that run exactly alike."""
         trace = Trace(candidate.plan, run.limits, run.cost, run.usage())
-        for other in self._open():
-            if (other.plan.replicas, other.plan.shape) != (
-                candidate.plan.replicas,
-                candidate.plan.shape,
-            ):
+        for other in self._families[candidate.plan.shape, candidate.plan.replicas]:
+            if other.fate is not Fate.OPEN:
                 continue
             limits = self.problem.replica_limits(other.plan)
             cost = self.problem.compiler.compile(other.plan.shape, other.plan.limits)
@@ -336,6 +320,22 @@ class Search:
         if self._records_gaps:
             gaps = gap_bounds(self.problem.workload, known.floors.costs)
         return Outcome(bounds.values, bounds.makespan_s, plan.devices, exact=False, gaps=gaps)
+
+    @cached_property
+    def _families(self) -> dict[tuple[Shape, int], list[Candidate]]:
+        """Candidates that differ in their batching limits only."""
+        families: dict[tuple[Shape, int], list[Candidate]] = {}
+        for candidate in self._candidates:
+            plan = candidate.plan
+            families.setdefault((plan.shape, plan.replicas), []).append(candidate)
+        return families
+
+    def _not_begun(self, plan: Plan) -> Run:
+        """A run that is as far as that of ``plan`` before it begins, whatever the limits."""
+        key = plan.shape, plan.replicas
+        if key not in self._fresh:
+            self._fresh[key] = self.problem.start(plan)
+        return self._fresh[key]
 
     def _plan_floors(self) -> PlanFloors:
         """Floors of every plan, each derived when it is first asked for."""

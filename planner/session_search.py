@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from planner.bounds import gap_bounds
-from planner.candidates import Candidate, Fate
+from planner.candidates import UNKNOWN_SCORE, Candidate, Fate
 from planner.objective import Outcome, needs_gaps
 from planner.plan_floors import PlanFloors
-from planner.search import _UNKNOWN_SCORE as UNKNOWN_SCORE
 from planner.search import Search
 from planner.search import _LimitReachedError as LimitReachedError
 from planner.session_cache import Recent

@@ -9,8 +9,8 @@ import pytest
 
 import planner.search
 from planner.api import solve
-from planner.bounds import CostFloors
 from planner.candidates import Trace
+from planner.plan_floors import PlanFloors
 from planner.resolve import resolve
 from planner.space import enumerate_space
 from planner.verify import verify
@@ -102,14 +102,12 @@ def test_bounds_hold_for_compiled_costs(engine: dict[str, str]) -> None:
     """Floors of a group's least cost are below every run of every plan, wherever it is cut."""
     asked = grouped("mean_e2e", 1, engine=engine)
     problem = resolve(asked)
-    for plan in enumerate_space(problem).plans:
-        if plan.shape.dp == 1:
-            continue
-        run = problem.start(plan)
-        own = engine["name"] == "vllm"
-        budget = plan.limits.max_num_batched_tokens if own else run.cost.max_tokens
-        floors = CostFloors.of(run.cost, budget, plan.limits.max_num_seqs)
-        check_run(run, floors, problem.start(plan).finish(), stride=40)
+    plans = enumerate_space(problem).plans
+    known = PlanFloors.of(problem, plans)
+    for plan in plans:
+        if plan.shape.dp > 1:
+            floors = known.of_class(plan.shape, plan.limits).floors
+            check_run(problem.start(plan), floors, problem.start(plan).finish(), stride=40)
 
 
 def test_certificate_of_groups_is_accepted() -> None:

@@ -115,7 +115,9 @@ def test_search_equals_simulation_of_every_plan(
     names = list(dict.fromkeys(map(str, names)))
     last = "mean_e2e" if "devices" in names else "devices"
     runs = {plan: problem.start(plan, record_gaps=True).finish() for plan in plans}
-    limit_s = float(np.median(list(chain(*(r.values.ttft_s for r in runs.values())))))
+    # Half a picosecond beside the grid of times: no rounding of this file's can decide.
+    median_s = np.median(list(chain(*(r.values.ttft_s for r in runs.values()))))
+    limit_s = (round(float(median_s) * 1e12) + 0.5) / 1e12
     goal = Objective(
         names[0],
         int(problem.workload.output_tokens.sum()),

@@ -10,14 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.bounds import CostFloors
 from simulator.lockstep_cost import graph_sizes_by_tokens, least_cost, lockstep_of
 from simulator.run import Run
 from simulator.state import FREE_BLOCKS, GENERATED, IN_FLIGHT, RUNNING
 from simulator.timing import in_s
 from tests.builders import cases
 from tests.lockstep import play_groups, rules_of, together
-from tests.property.test_bounds import MAX_TOKENS, check_run, random_case, rising
+from tests.property.test_bounds import MAX_TOKENS, check_run, floors_of, random_case, rising
 from tests.property.test_prefix_cache import random_case as cached_case
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ def test_bounds_hold(seed: int, stride: int) -> None:
     least, joined = random_groups(rng, case.cost)
     case = replace(case, cost=least)
     limits = case.limits
-    floors = CostFloors.of(least, limits.max_num_batched_tokens, limits.max_num_seqs)
+    floors = floors_of(case)
     whole = in_lockstep(case, joined)
     result = whole.finish()
     check_run(in_lockstep(case, joined), floors, result, stride)
