@@ -88,7 +88,7 @@ class SearchResult:
         return sum(c.fate is fate for c in self.candidates)
 
 
-class _LimitReachedError(Exception):
+class LimitReachedError(Exception):
     """A limit was reached."""
 
 
@@ -128,7 +128,7 @@ class Search:
 
     def run(self) -> SearchResult:
         """Search until the proof closes or a limit stops it."""
-        space = enumerate_space(self.problem)
+        space = self._space()
         if space.plans:
             # The first run on a machine compiles the simulator; a limit on the search does not pay.
             self.problem.start(space.plans[0]).advance(1)
@@ -138,17 +138,25 @@ class Search:
         )
         stopped_by = None
         try:
-            for candidate in self._candidates:
-                if candidate.plan == self.first:
-                    self._evaluate(candidate)
+            self._evaluate_first()
             if not self.exhaustive:
                 self._bound_families()
             self._close()
-        except _LimitReachedError as stop:
+        except LimitReachedError as stop:
             stopped_by = str(stop)
         except KeyboardInterrupt:
             stopped_by = "interrupt"
         return self._result(space, stopped_by)
+
+    def _space(self) -> Space:
+        """The plans that can run."""
+        return enumerate_space(self.problem)
+
+    def _evaluate_first(self) -> None:
+        """Simulate the plan that is to come before any other."""
+        for candidate in self._candidates:
+            if candidate.plan == self.first:
+                self._evaluate(candidate)
 
     # -- the loop
 
@@ -200,7 +208,7 @@ class Search:
         forbidden += forbidden_columns(self.problem, classes)
         result = solve_master(classes, self.problem.num_devices, levels, forbidden)
         if result.status is MasterStatus.UNKNOWN:
-            raise _LimitReachedError("master_limit")
+            raise LimitReachedError("master_limit")
         if result.column is None:
             return None
         if result.column not in columns:
@@ -303,7 +311,7 @@ class Search:
         if self._best is None or candidate.key < self._best.key:
             self._best = candidate
             if self.any_plan:
-                raise _LimitReachedError("any_plan")
+                raise LimitReachedError("any_plan")
 
     def _note_broken(self, candidate: Candidate, outcome: Outcome) -> bool:
         """Mark ``candidate`` if ``outcome`` proves that it breaks a constraint."""
@@ -360,9 +368,9 @@ class Search:
             return
         limit = self.problem.search_limits.work_limit
         if limit is not None and self._iterations + running >= limit:
-            raise _LimitReachedError("work_limit")
+            raise LimitReachedError("work_limit")
         if time.monotonic() >= self._deadline_s:
-            raise _LimitReachedError("time_limit")
+            raise LimitReachedError("time_limit")
 
     def _report(self) -> None:
         if self.on_progress is None:
@@ -386,8 +394,9 @@ class Search:
     def _result(self, space: Space, stopped_by: str | None) -> SearchResult:
         bound = self._primary_bound()
         if stopped_by is None:
-            for candidate in self._open():
-                candidate.fate = Fate.BOUNDED
+            for candidate in self._candidates:
+                if candidate.fate is Fate.OPEN:
+                    candidate.fate = Fate.BOUNDED
         return SearchResult(
             space=space,
             best=self._best,

@@ -11,18 +11,16 @@ Simulations are never reused from one workload to another.
 from __future__ import annotations
 
 import hashlib
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from planner.bounds import gap_bounds
-from planner.candidates import UNKNOWN_SCORE, Candidate, Fate
+from planner.candidates import Candidate, Fate
 from planner.objective import Outcome, needs_gaps
 from planner.plan_floors import PlanFloors
 from planner.search import Search
-from planner.search import _LimitReachedError as LimitReachedError
 from planner.session_cache import Recent
 from planner.space import enumerate_space
 from simulator.metrics import latencies
@@ -135,28 +133,13 @@ class SessionSearch(Search):
 
     def run(self) -> SearchResult:
         """Search until the proof closes or a limit stops it."""
-        space = self._facts.space(self.problem)
-        if space.plans:
-            # The first run on a machine compiles the simulator; a limit on the search does not pay.
-            self.problem.compile_loops(space.plans)
-        self._deadline_s = time.monotonic() + self.problem.search_limits.time_limit_s
-        self._candidates = tuple(
-            Candidate(plan, rank, UNKNOWN_SCORE) for rank, plan in enumerate(space.plans)
-        )
-        stopped_by = None
-        try:
-            self._live = list(self._candidates)
-            self._evaluate_first()
-            self._bound_families()
-            self._close()
-        except LimitReachedError as stop:
-            stopped_by = str(stop)
-        if stopped_by is None:
+        found = super().run()
+        if found.stopped_by is None:
             self._facts.confirmed.add(space_key(self.problem))
-            for candidate in self._candidates:
-                if candidate.fate is Fate.OPEN:
-                    candidate.fate = Fate.BOUNDED
-        return self._result(space, stopped_by)
+        return found
+
+    def _space(self) -> Space:
+        return self._facts.space(self.problem)
 
     def _plan_floors(self) -> PlanFloors:
         """Floors of every plan, those of costs taken from earlier searches."""
@@ -171,7 +154,8 @@ class SessionSearch(Search):
         return self._live
 
     def _evaluate_first(self) -> None:
-        """Simulate the plan that was the last answer."""
+        """Simulate the plan that was the last answer, unless its bound alone rules it out."""
+        self._live = list(self._candidates)
         for candidate in self._candidates:
             if candidate.plan == self.first:
                 self._bound(candidate)

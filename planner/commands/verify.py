@@ -28,7 +28,7 @@ def verify(
     ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Check a certificate with code that shares nothing with the search."""
+    """Check a certificate without the search, its bounds and its jump engine."""
     from dataclasses import asdict
 
     from planner.io.yaml_file import read_text
