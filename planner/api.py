@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from planner.problem import Problem
     from planner.scenario import Scenario
-    from planner.search import Progress, SearchResult
+    from planner.search_result import Progress, SearchResult
     from simulator.plan import Plan, Shape
     from simulator.run import RunResult
     from simulator.workload import Workload

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from planner.plan_floors import Floored
     from planner.problem import Problem
     from planner.scenario import Scenario
-    from planner.search import SearchResult
+    from planner.search_result import SearchResult
     from simulator.state import Limits
     from simulator.timing import IterationCost
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from planner.floors import CostFloors
     from planner.objective import Score
     from planner.problem import Problem
-    from planner.search import SearchResult
+    from planner.search_result import SearchResult
     from planner.space import Space
     from simulator.plan import BatchingLimits, Plan, Shape
 

@@ -10,7 +10,7 @@ from planner.api import infeasible_report, report_of, search_summary
 from planner.candidates import Candidate, Fate
 from planner.errors import LimitError
 from planner.objective import Outcome
-from planner.search import SearchResult
+from planner.search_result import SearchResult
 from planner.session_search import SessionSearch
 
 if TYPE_CHECKING:

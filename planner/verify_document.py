@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.certificate import PARTS
-from planner.errors import InputError
+from planner.errors import NO_VALUE, InputError
 
 
 class RejectedError(Exception):
@@ -76,9 +76,8 @@ class Document:
             raise RejectedError(getattr(error, "lineno", 1), f"is not JSON: {error}") from None
         parts = ("header", *PARTS, "digest")
         if not isinstance(data, dict) or sorted(data) != sorted(parts):
-            raise InputError(
-                source=source, field="", value=sorted(data), rule=f"must have {', '.join(parts)}"
-            )
+            rule = f"is no certificate: it must have {', '.join(parts)}"
+            raise InputError(source=source, field="", value=NO_VALUE, rule=rule)
         line, lines = 3, {("header", 0): 2}
         for part in PARTS:
             for i in range(len(data[part])):

@@ -19,7 +19,7 @@ from planner.io.output import STDOUT, check_target, deliver
 
 if TYPE_CHECKING:
     from planner.report import PlanReport
-    from planner.search import Progress
+    from planner.search_result import Progress
 
 CERTIFICATE: Final = "--certificate"
 

@@ -19,9 +19,10 @@ from planner.io.engine_file import (
     Transferred,
     read_engine_file,
 )
+from planner.io.engine_graphs import graph_rules
 from planner.io.profiles import available_kernel_tables
 from planner.layouts import Layouts
-from simulator.engine_rules import GraphRules, HostConstants, LockstepRules, graph_sizes
+from simulator.engine_rules import GraphRules, HostConstants, LockstepRules
 from simulator.memory import MemoryRules, Reserve, ShareByWidth
 from simulator.plan import BatchingLimits
 from simulator.rules import POLICIES, Rules
@@ -317,7 +318,7 @@ def load_engine(
         version=version,
         kernel_table_version=table,
         block_tokens=int(entry.block_tokens.value),
-        graphs=_graph_rules(entry),
+        graphs=graph_rules(entry.graphs),
         nccl_all_reduce_from_bytes=dict(rule.values) if rule and device in rule.devices else {},
         host=HostConstants(
             iteration_s=host.iteration_ms.value * S_PER_MS,
@@ -362,25 +363,6 @@ def _kernel_table(file: EngineFile, version: str, device: str | None) -> tuple[s
     if chosen.caution and used == chosen.version:
         notes.append(chosen.caution)
     return used, "; ".join(notes)
-
-
-def _graph_rules(entry: Version) -> GraphRules:
-    graphs = entry.graphs
-    with_prompts = graphs.with_prompts
-    if with_prompts == "same":
-        prompt_sizes = None
-    else:
-        prompt_sizes = () if with_prompts == "none" else graph_sizes((), with_prompts)
-    return GraphRules(
-        sizes=graph_sizes(graphs.sizes, graphs.ranges),
-        full_decode=graphs.full_decode,
-        captures_budget=graphs.captures_budget,
-        per_sequence=graphs.per_sequence,
-        captures_seats=graphs.captures_seats,
-        within_budget=graphs.within_budget,
-        padded=graphs.padded,
-        prompt_sizes=prompt_sizes,
-    )
 
 
 def _origin(file: EngineFile, transferred_from: str) -> Version:

@@ -20,7 +20,7 @@ from tests.problems import LLAMA_70B, pool
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from planner.search import Progress
+    from planner.search_result import Progress
     from tests.command import Cli
 
 INFEASIBLE = {"slo": {"ttft_ms": {"p99": 1}}}

@@ -19,7 +19,7 @@ from tests.problems import OBJECTIVES, goal, pool, scenario
 
 if TYPE_CHECKING:
     from planner.scenario import Scenario
-    from planner.search import Progress
+    from planner.search_result import Progress
 
 LOOK_EVERY = 50
 SPACE = {"tp": [1, 2], "max_num_seqs": [2, 4, 8], "max_num_batched_tokens": [64, 512]}
