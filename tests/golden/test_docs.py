@@ -7,6 +7,7 @@ line ``...`` stands for any lines, ``...`` inside a line for any text in it. A c
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ BLOCK = re.compile(
     r"(?:<!-- file: (?P<file>\S+) -->\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S
 )
 STATUS = "; echo $?"
+SHIPPED = sorted((ROOT / "docs" / "scenarios").glob("*.md"))
+"""One page for each bundled scenario of a mixture of experts; their commands take long."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,11 @@ def pattern(expected: str) -> str:
 WITH_STEPS = [page for page in PAGES if steps(page)]
 
 
-@pytest.mark.parametrize("page", WITH_STEPS, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    WITH_STEPS + [pytest.param(page, marks=pytest.mark.slow) for page in SHIPPED],
+    ids=lambda page: page.name,
+)
 def test_page(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: Path) -> None:
     """Every command of a page prints what the page shows."""
     monkeypatch.chdir(tmp_path)
@@ -90,6 +97,15 @@ def test_the_pages_that_have_examples() -> None:
     """A page that loses its examples is noticed."""
     pages = {page.name for page in WITH_STEPS}
     assert {"README.md", "autoscaling.md", "ci.md", "deploy.md"} <= pages
+
+
+@pytest.mark.parametrize("page", SHIPPED, ids=lambda page: page.name)
+def test_page_of_a_scenario_names_its_locked_plan(page: Path) -> None:
+    """What a page says is deployed is what the scenario's lock holds."""
+    lock = json.loads((ROOT / "scenarios" / f"{page.stem}.lock.json").read_text())
+    text = " ".join(page.read_text().split())
+    assert f"`planner solve {page.stem}` deploys `{lock['answer']['plan']}`" in text
+    assert steps(page)
 
 
 def test_library_example_of_deploy(capsys: pytest.CaptureFixture[str]) -> None:
