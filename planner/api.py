@@ -9,6 +9,7 @@ from planner.candidates import Candidate, Fate
 from planner.certificate import certificate, to_text
 from planner.errors import InfeasibleError, InputError, LimitError, RefusalError
 from planner.infeasible import explain_empty_space, explain_slo
+from planner.layouts import is_theoretical
 from planner.objective import Outcome, needs_gaps
 from planner.provenance import operator_labels, provenance_of, warnings_of
 from planner.report import (
@@ -312,6 +313,7 @@ def _alternatives(
                 value=value,
                 loss_pct=100.0 * worse / chosen_value if chosen_value else 0.0,
                 breaks=broken,
+                theoretical=is_theoretical(problem, candidate.plan.shape),
             )
         )
     rows.sort(key=lambda row: (bool(row.breaks), row.loss_pct, row.id))

@@ -1,7 +1,8 @@
 """Which shapes of a pipeline stage an engine version can launch, whatever the device.
 
 Attention runs as ``dp`` groups of ``tp`` devices, experts as ``ep`` groups of ``moe_tp``; what an
-engine offers of that is data (``profiles/engines``, ``layouts``).
+engine offers of that is data (``profiles/engines``, ``layouts``). A theoretical space
+(``search.space.theoretical``) also has what the engine does not offer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from simulator.model import Experts
 
 if TYPE_CHECKING:
+    from planner.problem import Problem
     from simulator.model import ModelShape
     from simulator.plan import Shape
 
@@ -66,10 +68,50 @@ def broken_layout(layouts: Layouts, model: ModelShape, shape: Shape) -> str | No
     return None
 
 
+def every_layout(layouts: Layouts) -> Layouts:
+    """What a theoretical space has: attention and experts grouped in any way that divides.
+
+    Engine versions that know one attention group only say nothing of how several would run
+    together (``lockstep`` in ``profiles/engines``), so there one it stays.
+    """
+    attention: Groups = "one" if layouts.attention_groups == "one" else "any"
+    return Layouts(expert_groups="any", attention_groups=attention, even_experts=False)
+
+
+def layouts_in_space(problem: Problem) -> Layouts:
+    """What the problem's space may have: what its engine launches, or every layout."""
+    own = problem.engine.layouts
+    return every_layout(own) if problem.space.theoretical else own
+
+
+def is_theoretical(problem: Problem, shape: Shape) -> bool:
+    """Whether the engine version cannot launch ``shape``, so that only a theoretical space has it.
+
+    Rules that hold in any space (heads, widths, memory) are not asked.
+    """
+    return broken_layout(problem.engine.layouts, problem.model, shape) is not None
+
+
 def expert_groups_offered(layouts: Layouts, model: ModelShape, width: int) -> tuple[int, ...]:
     """Numbers of expert groups worth trying by default on ``width`` devices: one, or as many."""
-    has_experts = any(isinstance(layer.ffn, Experts) for layer in model.layer_counts)
-    return (1, width) if has_experts and width > 1 and layouts.expert_groups != "one" else (1,)
+    offered = _has_experts(model) and width > 1 and layouts.expert_groups != "one"
+    return (1, width) if offered else (1,)
+
+
+def every_expert_groups(model: ModelShape, width: int) -> tuple[int, ...]:
+    """Numbers of expert groups that divide ``width`` devices, one without experts."""
+    most = width if _has_experts(model) else 1
+    return tuple(n for n in range(1, most + 1) if width % n == 0)
+
+
+def every_attention_groups(layouts: Layouts, model: ModelShape, most: int) -> tuple[int, ...]:
+    """Numbers of attention groups to ``most``, one where the engine or the model knows one."""
+    several = _has_experts(model) and layouts.attention_groups != "one"
+    return tuple(range(1, most + 1)) if several else (1,)
+
+
+def _has_experts(model: ModelShape) -> bool:
+    return any(isinstance(layer.ffn, Experts) for layer in model.layer_counts)
 
 
 def _offered(groups: Groups, number: int, devices: int) -> bool:

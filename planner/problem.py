@@ -30,13 +30,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Values that plans are built from, each ascending, and patterns of plans to leave out."""
+    """Values that plans are built from, each ascending, and patterns of plans to leave out.
+
+    Where ``theoretical``, plans may have layouts that the engine version cannot launch.
+    """
 
     shapes: tuple[Shape, ...]
     replicas: tuple[int, ...]
     max_num_seqs: tuple[int, ...]
     max_num_batched_tokens: tuple[int, ...]
     forbid: tuple[str, ...] = ()
+    theoretical: bool = False
 
 
 @dataclass(frozen=True)

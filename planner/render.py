@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _WIDTH: Final = 100
 """Columns where the output is no terminal, so that a log looks the same everywhere."""
 
+_THEORETICAL: Final = "theoretical: this engine version cannot launch it"
+
 _STATUS_STYLE = {"optimal": "bold green", "feasible": "bold yellow", "infeasible": "bold red"}
 
 
@@ -44,7 +46,8 @@ def render_solve(report: PlanReport, to: Console) -> None:
         to.print(_kernel_times(report.provenance))
         to.print(_alternatives(report))
         to.print(_search(report))
-        to.print(_launch(report.plan))
+        if not report.plan.theoretical:
+            to.print(_launch(report.plan))
     _warnings(report.warnings, to)
 
 
@@ -78,7 +81,7 @@ def _headline(report: PlanReport) -> RenderableType:
     if report.plan is None or report.objective is None:
         return Panel(line)
     objective = report.objective
-    line.append("  deploy ")
+    line.append("  theoretical " if report.plan.theoretical else "  deploy ")
     line.append(report.plan.id, style="bold cyan")
     line.append(f"  {objective.sense} {objective.name}: ")
     value = f"{objective.value:.0f}" if objective.unit == "devices" else number(objective.value)
@@ -109,6 +112,8 @@ def _plan(plan: PlanSummary) -> RenderableType:
         f" of {memory['usable_gib']:.1f} GiB per device"
     )
     table.add_row("plan", shape)
+    if plan.theoretical:
+        table.add_row("", Text(_THEORETICAL, style="yellow"))
     table.add_row("limits", limits)
     table.add_row("memory", split)
     holder = "attention group" if plan.dp > 1 else "replica"
@@ -174,10 +179,11 @@ def _alternatives(report: PlanReport) -> RenderableType:
     table.add_column("loses by", justify="right")
     table.add_column("")
     for row in report.alternatives:
-        broken = f"breaks {', '.join(row.breaks)}" if row.breaks else ""
+        notes = [f"breaks {', '.join(row.breaks)}"] if row.breaks else []
+        notes += ["theoretical"] if row.theoretical else []
         loss = "" if row.breaks else f"{row.loss_pct:.1f} %"
         cells = [str(row.devices), number(row.value)] if unit != "devices" else [str(row.devices)]
-        table.add_row(row.id, *cells, loss, broken)
+        table.add_row(row.id, *cells, loss, "; ".join(notes))
     return table
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from planner.errors import InputError
 from planner.export.flags import launch_commands
 from planner.io.json_file import read_object
+from planner.layouts import is_theoretical
 from simulator.metrics import overloaded, summary
 from simulator.units import GIB
 
@@ -32,7 +33,9 @@ class PlanSummary:
     """The plan as the contract's ``plan`` object.
 
     ``cost_per_hour`` is in USD, or ``None`` without a price. ``launch`` has one command per
-    replica; ``memory`` is in GiB per device, and its KV tokens count one replica.
+    replica; ``memory`` is in GiB per device, and its KV tokens count one replica. ``theoretical``
+    says that the engine version cannot launch the plan, for which there are no commands then; it is
+    written only where it is true.
     """
 
     id: str
@@ -47,11 +50,13 @@ class PlanSummary:
     cost_per_hour: float | None
     memory: Mapping[str, float]
     launch: tuple[str, ...]
+    theoretical: bool = False
 
     @classmethod
     def of(cls, problem: Problem, plan: Plan) -> PlanSummary:
         """Describe ``plan``."""
         budget, price = problem.memory(plan.shape, plan.limits), problem.price_per_hour
+        theoretical = is_theoretical(problem, plan.shape)
         blocks = problem.blocks(plan.shape, plan.limits)
         return cls(
             id=problem.plan_text(plan),
@@ -72,7 +77,8 @@ class PlanSummary:
                 "kv_cache_gib": blocks * budget.block_bytes / GIB,
                 "kv_cache_tokens": problem.tokens_held(plan.shape, blocks),
             },
-            launch=launch_commands(problem, plan),
+            launch=() if theoretical else launch_commands(problem, plan),
+            theoretical=theoretical,
         )
 
 
@@ -90,6 +96,8 @@ class Alternative:
         How much worse than the chosen plan, percent of the chosen plan's value.
     breaks
         Constraints that it breaks, for which it is no candidate.
+    theoretical
+        Whether the engine version cannot launch it; written only where it is true.
     """
 
     id: str
@@ -97,6 +105,7 @@ class Alternative:
     value: float
     loss_pct: float
     breaks: tuple[str, ...]
+    theoretical: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,6 +206,8 @@ class PlanReport:
         data: dict[str, Any] = _plain(dataclasses.asdict(self))
         if self.search.seconds is None:
             del data["search"]["seconds"]
+        for plan in (data["plan"], *data["alternatives"]):
+            _mark_if_theoretical(plan)
         return data
 
     def to_json(self) -> str:
@@ -220,6 +231,7 @@ class SimulationReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; numbers rounded to ten digits."""
         data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        _mark_if_theoretical(data["plan"])
         return data
 
     def to_json(self) -> str:
@@ -268,6 +280,12 @@ def plan_of_report(path: str) -> str:
 def dump_json(data: object) -> str:
     """Indented JSON with sorted keys and a final newline."""
     return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _mark_if_theoretical(plan: dict[str, Any] | None) -> None:
+    """Leave the mark only on plans that the engine cannot launch."""
+    if plan is not None and not plan["theoretical"]:
+        del plan["theoretical"]
 
 
 def _plain(value: Any) -> Any:

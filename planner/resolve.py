@@ -18,7 +18,7 @@ from planner.io.devices import (
 from planner.io.engines import load_engine
 from planner.io.hf_config import read_model
 from planner.io.profiles import kernel_table_digest
-from planner.layouts import expert_groups_offered
+from planner.layouts import every_attention_groups, every_expert_groups, expert_groups_offered
 from planner.objective import Constraint, objective_of
 from planner.problem import Problem, SearchLimits, SearchSpace
 from planner.requests import digest_of, requests_of
@@ -289,6 +289,7 @@ def _space(
         max_num_seqs=(pinned_seqs,) if pinned_seqs else spec.max_num_seqs,
         max_num_batched_tokens=(pinned_tokens,) if pinned_tokens else tokens,
         forbid=spec.forbid,
+        theoretical=spec.theoretical,
     )
 
 
@@ -306,8 +307,16 @@ def _shapes(scenario: Scenario, model: ModelShape, layouts: Layouts) -> tuple[Sh
     shapes = []
     for pp in stages:
         for tp in spec.tp or _widths(pool):
-            for dp in spec.dp or (1,):
-                groups = spec.ep or expert_groups_offered(layouts, model, tp * dp)
+            attention_groups: tuple[int, ...] = (1,)
+            if spec.theoretical and pp == 1:  # groups inside stages are not simulated
+                most = max(1, pool.num_devices // tp)
+                attention_groups = every_attention_groups(layouts, model, most)
+            for dp in spec.dp or attention_groups:
+                groups = spec.ep or (
+                    every_expert_groups(model, tp * dp)
+                    if spec.theoretical
+                    else expert_groups_offered(layouts, model, tp * dp)
+                )
                 shapes += [Shape(tp, pp, dp, ep) for ep in groups if tp * dp % ep == 0]
     if spec.ep and not shapes:
         raise InputError(

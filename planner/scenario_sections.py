@@ -10,10 +10,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue  # noqa: TC002  (pydantic reads it)
+from pydantic_core import CoreSchema  # noqa: TC002  (pydantic reads it)
 
 from planner.engine_settings import (
     CHUNKING_OFF,
@@ -285,7 +288,10 @@ class EngineSpec(Section):
 
 
 class SpaceSpec(Section):
-    """Values that the search may choose from; each list is kept in ascending order."""
+    """Values that the search may choose from; each list is kept in ascending order.
+
+    ``theoretical`` alone stands for ``{theoretical: true}``.
+    """
 
     tp: Values | None = None
     """Tensor-parallel sizes; ``None``: every size that the engine and the model allow."""
@@ -304,10 +310,29 @@ class SpaceSpec(Section):
     """Token budgets of one iteration."""
     forbid: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Plans to leave out, by their text or a pattern of it: ``tp8:seqs=256``, ``4x*``."""
+    theoretical: Flag = False
+    """Whether layouts count that the engine version cannot launch; ``dp`` and ``ep`` are then
+    every number that divides, where they are not listed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            if data != "theoretical":
+                refuse("must be 'theoretical' or a mapping of what to choose from")
+            return {"theoretical": True}
+        return data
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The mapping, or the one word."""
+        return {"anyOf": [handler(core_schema), {"const": "theoretical"}]}
 
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_unset(dump(self), "pp", "dp", "ep", "forbid")
+        return without_unset(dump(self), "pp", "dp", "ep", "forbid", "theoretical")
 
 
 class SearchSpec(Section):

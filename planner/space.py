@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from planner.layouts import LAYOUT_RULES, broken_layout
+from planner.layouts import LAYOUT_RULES, broken_layout, layouts_in_space
 from simulator.model import Attention, Experts, GatedDeltaNet, LatentAttention, Mamba2
 from simulator.plan import BatchingLimits, Plan, Shape
 from simulator.precision import FP8_BLOCK
@@ -86,7 +86,7 @@ def _launch_rule(
     problem: Problem, shape: Shape, limits: BatchingLimits, *, on_any_node: bool = False
 ) -> str | None:
     """The first rule of the engine that such a replica breaks whatever the memory."""
-    layout_rule = broken_layout(problem.engine.layouts, problem.model, shape)
+    layout_rule = broken_layout(layouts_in_space(problem), problem.model, shape)
     if layout_rule is not None:
         return layout_rule
     if not _stages_hold(problem, shape):

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from planner.export.flags import launch_commands
 from planner.io.data_file import Entry, read_checked
+from planner.layouts import is_theoretical
 from simulator.model import Experts
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class TooClose:
     noise_pct
         Error of predicted distances between plans under one load (90 % quantile), percent.
     measure
-        Commands that launch each of the two, by plan.
+        Commands that launch each of the two, by plan; none of a theoretical one.
 
     """
 
@@ -215,7 +216,9 @@ def too_close(
         gap_pct=100 * math.expm1(gap),
         noise_pct=100 * math.expm1(noise),
         measure={
-            problem.plan_text(plan): tuple(launch_commands(problem, plan))
+            problem.plan_text(plan): ()
+            if is_theoretical(problem, plan.shape)
+            else tuple(launch_commands(problem, plan))
             for plan, _ in (best, runner_up)
         },
     )

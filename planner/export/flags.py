@@ -76,7 +76,8 @@ def server_of(problem: Problem, plan: Plan) -> Server:
     """
     rule = broken_layout(problem.engine.layouts, problem.model, plan.shape)
     if rule is not None:  # then no flags describe it either
-        raise RefusalError(f"plan {problem.plan_text(plan)}: {rule}")
+        mark = " is theoretical" if problem.space.theoretical else ""
+        raise RefusalError(f"plan {problem.plan_text(plan)}{mark}: {rule}")
     name, model = problem.engine.name, problem.model.name
     options: dict[str, object] = {}
     program: tuple[str, ...]
