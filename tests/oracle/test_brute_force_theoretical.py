@@ -10,6 +10,7 @@ import pytest
 import planner.search
 from planner.api import solve
 from planner.layouts import is_theoretical
+from planner.plan_floors import PlanFloors
 from planner.resolve import resolve
 from planner.space import enumerate_space
 from planner.verify import verify
@@ -18,6 +19,7 @@ from planner.verify_master import master_disagrees
 from simulator.model import Attention, Experts, LatentAttention
 from simulator.plan import BatchingLimits, Plan, Shape
 from tests.oracle.test_brute_force_groups import grouped, rank
+from tests.property.test_bounds import check_run
 from tests.unit.test_certificate import resealed
 
 if TYPE_CHECKING:
@@ -87,6 +89,20 @@ def test_search_equals_brute_force(
     assert marked
     assert all("ep2" in row["id"] and row["theoretical"] is True for row in marked)
     assert bool(report.plan.launch) is not theoretical
+
+
+def test_bounds_and_both_loops_hold_for_theoretical_plans() -> None:
+    """Floors are below every run wherever it is cut; the jump engine ends as the plain loop does."""
+    problem = resolve(asked_for("mean_e2e", 1))
+    plans = [p for p in enumerate_space(problem).plans if is_theoretical(problem, p.shape)]
+    assert len(plans) == len(SEATS) * 3
+    known = PlanFloors.of(problem, plans)
+    for plan in plans:
+        floors = known.of_class(plan.shape, plan.limits).floors
+        result = problem.start(plan).finish()
+        check_run(problem.start(plan), floors, result, stride=40)
+        plain = problem.start(plan, plain=True).finish()
+        assert plain.trajectory_hash() == result.trajectory_hash()
 
 
 def test_verify_recounts_the_larger_space() -> None:
