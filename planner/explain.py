@@ -9,6 +9,7 @@ from planner.api import simulate_requests
 from planner.candidates import Fate
 from planner.compare import Comparison, compare_sides, side_of
 from planner.errors import LimitError
+from planner.layouts import is_theoretical
 from planner.objective import Outcome
 from planner.operators import operator_times_ms
 from planner.plan_text import read_plan
@@ -149,7 +150,8 @@ def _hold_against(
     return Explanation(
         plan=text,
         best=best_text,
-        verdict=_verdict(problem, text, value, best_text, best_value, own.report.breaks),
+        verdict=_verdict(problem, text, value, best_text, best_value, own.report.breaks)
+        + _on_paper([plan] if best is None else [plan, best.plan], problem),
         settled=settled,
         bound=bound,
         breaks=own.report.breaks,
@@ -185,6 +187,12 @@ def _verdict(
     )
     # The search proves its best plan over the space alone.
     return f"{line}; it is outside search.space: widen that" if is_better else line
+
+
+def _on_paper(plans: list[Plan], problem: Problem) -> str:
+    """Which of ``plans`` the engine version cannot launch, each once; empty where it can all."""
+    found = {problem.plan_text(p): None for p in plans if is_theoretical(problem, p.shape)}
+    return f" (theoretical: {', '.join(found)})" if found else ""
 
 
 def _limits(problem: Problem, plan: Plan, usage: Usage) -> tuple[LimitUse, ...]:

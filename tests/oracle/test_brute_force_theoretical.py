@@ -92,7 +92,7 @@ def test_search_equals_brute_force(
 
 
 def test_bounds_and_both_loops_hold_for_theoretical_plans() -> None:
-    """Floors are below every run wherever it is cut; the jump engine ends as the plain loop does."""
+    """Floors are below every run, wherever it is cut; jump engine and plain loop end alike."""
     problem = resolve(asked_for("mean_e2e", 1))
     plans = [p for p in enumerate_space(problem).plans if is_theoretical(problem, p.shape)]
     assert len(plans) == len(SEATS) * 3

@@ -9,6 +9,7 @@ import pytest
 
 from planner.api import simulate, solve
 from planner.errors import InputError, RefusalError
+from planner.explain import explain
 from planner.export import FORMATS, export_plan
 from planner.layouts import ATTENTION_GROUPS, EXPERT_GROUPS, is_theoretical
 from planner.render import console, render_simulation, render_solve
@@ -164,3 +165,15 @@ def test_tables_mark_theoretical_plans() -> None:
     render_solve(solve(only), console(stream))
     assert "optimal  theoretical tp4ep2" in stream.getvalue()
     assert "vllm serve" not in stream.getvalue()
+
+
+def test_explain_marks_theoretical_plans() -> None:
+    """The verdict names each plan that the engine cannot launch, once."""
+    asked = mixture({**GRID, "theoretical": True, "tp": [4], "dp": [1], "ep": [2, 4]})
+    only = "tp4ep2:seqs=8,tokens=1024"
+    assert explain(asked, only).verdict.endswith(f" (theoretical: {only})")
+    alone = mixture({**GRID, "theoretical": True, "tp": [4], "dp": [1], "ep": [2]})
+    assert explain(alone, "tp4ep4").verdict.endswith(f" (theoretical: {only})")
+    assert explain(alone, only).verdict.endswith(f" (theoretical: {only})")
+    launchable = mixture({**GRID, "theoretical": True, "tp": [4], "dp": [1], "ep": [4]})
+    assert "theoretical" not in explain(launchable, "tp4ep4").verdict
