@@ -133,6 +133,7 @@ def table(figures: dict[str, Any]) -> str:
         f"covered groups alone: {100 * covered['within_3pct']:.0f} % within 3 %, "
         f"share {covered['mean_share']:.3f}"
     )
+    lines.append(f"within 3 % if other clusters had been measured: {_interval(figures)} (90 %)")
     lines.append(
         f"mean over {weighted['clusters']} clusters: {100 * weighted['within_3pct']:.0f} % within "
         f"3 %, share {weighted['mean_share']:.3f}"
@@ -145,7 +146,8 @@ def table(figures: dict[str, Any]) -> str:
         rules = ", ".join(f"{rule} {100 * w:.0f} %" for rule, w in part["rules"].items())
         lines.append(
             f"{name}: {part['n']} sets, {part['covered']} covered, "
-            f"{100 * part['within_3pct']:.0f} % within 3 % ({rules})"
+            f"{100 * part['within_3pct']:.0f} % within 3 % "
+            f"(over clusters {_interval(part)}; {rules})"
         )
     lines += [f"uncovered {each['n']}: {each['reason']}" for each in figures["uncovered"]]
     return "\n".join(lines)
@@ -180,6 +182,11 @@ def main() -> None:
     if args.json:
         text = json.dumps(rounded(figures), indent=2, sort_keys=True) + "\n"
         args.json.write_text(text, encoding="utf-8")
+
+
+def _interval(figures: dict[str, Any]) -> str:
+    interval = figures["within_3pct_interval"]
+    return f"{100 * interval['low']:.0f} to {100 * interval['high']:.0f} %"
 
 
 def _line(name: str, row: dict[str, Any]) -> str:

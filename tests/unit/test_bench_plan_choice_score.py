@@ -14,7 +14,7 @@ import pytest
 from bench.choice_groups import Group, RunIndex, read_groups, read_runs
 from bench.choice_predict import Prediction
 from bench.choice_rules import Choice, Standing
-from bench.choice_score import read_values
+from bench.choice_score import bootstrap, read_values
 from bench.plan_choice import Answers, choose_all, report, rounded, table
 from planner.errors import InputError
 from tests.unit.test_bench_plan_choice import GROUP, RUN, write
@@ -228,3 +228,16 @@ class Oracle:
         names = ("ttft_ms", "tpot_ms", "itl_median_ms", "e2e_ms")
         rates = ("output_tok_per_s", "total_tok_per_s")
         return Prediction({n: float(row[n]) for n in (*names, *rates) if row[n]})
+
+
+def test_bootstrap_draws_whole_clusters() -> None:
+    """One cluster tells nothing of others; many small ones tell more than two large ones."""
+    one = bootstrap([("a", 1.0), ("a", 0.5)])
+    assert one == {"low": 0.5, "high": 0.5}
+    two = bootstrap([("a", 1.0)] * 20 + [("b", 0.5)] * 20)
+    assert two == {"low": 0.0, "high": 1.0}
+    many = bootstrap([(str(i), 1.0 if i % 2 else 0.5) for i in range(40)])
+    # Of 40 fair coins 90 % lie within 20 +- 5.2 heads (binomial).
+    assert many["low"] == pytest.approx(0.375, abs=0.03)
+    assert many["high"] == pytest.approx(0.625, abs=0.03)
+    assert bootstrap([]) == {"low": 0.0, "high": 0.0}
