@@ -3,14 +3,16 @@
 ``python -m bench.search [--traces DIR] [--cases N] [--requests N] [--objectives O,O,...]
 [--certificates] [--json PATH]``
 
-Fifteen cases (``bench/search_cases.py``), each for eight objectives. Every plan of a case is
+Fifteen cases of dense models and six of experts (``bench/search_cases.py``), each for eight
+objectives. Every plan of a case is
 simulated to its end once, which judges all its objectives; then each is solved. Effort counts
 simulated iterations over the committed plan list; plans with identical trajectories count once on
 the exhaustive side. Cases whose trace is not in DIR are left out and named.
 
 ``--certificates`` also verifies the certificate of every solve. ``--seed-tool`` instead solves the
 one question whose cost the seed's tool is known for, and ``--scale`` prints how time grows with
-devices, plans and requests. ``--write-plans`` replaces the plan lists by today's spaces.
+devices, plans and requests. ``--capacity`` prints what the loads are shares of;
+``--write-plans`` replaces the plan lists by today's spaces. ``--only`` takes workloads by name.
 """
 
 from __future__ import annotations
@@ -69,10 +71,10 @@ class Exhausted(NamedTuple):
     best: dict[str, tuple[str, Score]]
 
 
-def cases(traces: Path, number: int | None) -> Iterator[Case]:
+def cases(traces: Path, number: int | None, only: str) -> Iterator[Case]:
     """The cases whose trace is there, loads innermost; what is left out is named on stderr."""
     found = []
-    for served in WORKLOADS:
+    for served in (one for one in WORKLOADS if only in one.name):
         if served.find(traces) is None:
             sys.stderr.write(f"left out: {served.name}: no {served.trace} in {traces}\n")
             continue
@@ -117,7 +119,13 @@ def exhaust(case: Case, traces: Path, objectives: list[str], requests: int | Non
 
 
 def measure(
-    scenario: Scenario, label: str, every: Exhausted, objective: str, *, certified: bool
+    scenario: Scenario,
+    label: str,
+    every: Exhausted,
+    objective: str,
+    *,
+    experts: bool,
+    certified: bool,
 ) -> dict[str, Any]:
     """One row of the table: a solve, against what simulating everything found."""
     texts: list[str] = []
@@ -129,6 +137,7 @@ def measure(
     row = {
         "scenario": label,
         "plan": report.plan.id if report.plan else None,
+        "experts": experts,
         "space": report.search.feasible,
         "simulated": report.search.simulated + report.search.aborted,
         "simulated_fraction": report.search.iterations / every.iterations,
@@ -156,7 +165,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         f"{'case':<34} {'objective':<11} {'plan':<28} {'run':>5} {'iterations':>10} {'seconds':>8} "
         "proved agrees" + (" accepted verify" if args.certificates else "")
     )
-    for case in cases(args.traces, args.cases):
+    for case in cases(args.traces, args.cases, args.only):
         every = exhaust(case, args.traces, objectives, args.requests)
         for objective in objectives:
             rate = case.served.rate(case.load)
@@ -164,7 +173,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 args.traces, objective, rate=rate, num_requests=args.requests
             )
             label = f"{case.name}:{objective}"
-            row = measure(asked, label, every, objective, certified=args.certificates)
+            row = measure(
+                asked,
+                label,
+                every,
+                objective,
+                experts=case.served.has_experts,
+                certified=args.certificates,
+            )
             rows.append(row)
             extra = ""
             if "accepted" in row:
@@ -175,13 +191,21 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 f"{row['proved']!s:>6} {row['same_as_exhaustive']!s:>6}{extra}",
                 flush=True,
             )
-    shares = [row["simulated_fraction"] for row in rows]
-    summary = {"median": statistics.median(shares), "worst": max(shares)}
-    print(
-        f"{len(rows)} solves: median {100 * summary['median']:.2f} %, "
-        f"worst {100 * summary['worst']:.2f} % of the iterations of simulating every plan"
-    )
-    return {"rows": rows, "share": {k: {"simulated_fraction": v} for k, v in summary.items()}}
+    figures: dict[str, Any] = {"rows": rows}
+    for key, name, experts in (("share", "dense", False), ("share_experts", "experts", True)):
+        shares = [row["simulated_fraction"] for row in rows if row["experts"] is experts]
+        if not shares:
+            continue
+        median, worst = statistics.median(shares), max(shares)
+        figures[key] = {
+            "median": {"simulated_fraction": median},
+            "worst": {"simulated_fraction": worst},
+        }
+        print(
+            f"{len(shares)} solves, {name}: median {100 * median:.2f} %, "
+            f"worst {100 * worst:.2f} % of the iterations of simulating every plan"
+        )
+    return figures
 
 
 def seed_tool(args: argparse.Namespace) -> dict[str, Any]:
@@ -233,9 +257,21 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def write_plans(traces: Path) -> None:
+def capacity(args: argparse.Namespace) -> dict[str, Any]:
+    """Requests per second of the best plan for throughput with all requests sent at once."""
+    rates = {}
+    for served in (one for one in WORKLOADS if args.only in one.name):
+        if served.find(args.traces) is None:
+            continue
+        report = solve(served.scenario(args.traces, "throughput"))
+        rates[served.name] = report.metrics["request_throughput"]
+        print(f"{served.name}: {rates[served.name]:.3g} requests/s, committed {served.capacity:g}")
+    return {"requests_per_s": rates}
+
+
+def write_plans(traces: Path, only: str) -> None:
     """Replace the plan lists by the plans of today's spaces."""
-    for served in WORKLOADS:
+    for served in (one for one in WORKLOADS if only in one.name):
         if served.find(traces) is not None:
             problem = resolve(served.scenario(traces))
             plans = enumerate_space(problem).plans
@@ -253,13 +289,23 @@ def main() -> None:
     parser.add_argument("--certificates", action="store_true")
     parser.add_argument("--seed-tool", action="store_true")
     parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--capacity", action="store_true")
     parser.add_argument("--write-plans", action="store_true")
+    parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.write_plans:
-        write_plans(args.traces)
+        write_plans(args.traces, args.only)
         return
-    run = seed_tool if args.seed_tool else scale if args.scale else compare
+    run = (
+        seed_tool
+        if args.seed_tool
+        else scale
+        if args.scale
+        else capacity
+        if args.capacity
+        else compare
+    )
     figures = run(args)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")

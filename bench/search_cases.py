@@ -44,7 +44,7 @@ _MODELS: Final = Path(__file__).parent / "search_models"
 
 @dataclass(frozen=True)
 class Served:
-    """One model on eight H100 under one trace.
+    """One model on eight devices under one trace.
 
     Parameters
     ----------
@@ -65,6 +65,10 @@ class Served:
         Limits on each request, milliseconds.
     bundled
         File among the shipped traces that begins alike, for where the whole one is missing.
+    device
+        The devices.
+    dp
+        Attention groups of the plan space; more than one for mixtures of experts alone.
     """
 
     name: str
@@ -76,6 +80,13 @@ class Served:
     max_num_batched_tokens: tuple[int, ...]
     goodput: dict[str, float]
     bundled: str | None = None
+    device: str = "H100-SXM-80GB"
+    dp: tuple[int, ...] | None = None
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts, whose shares are summed up apart."""
+        return self.dp is not None
 
     def find(self, traces: Path) -> Path | None:
         """The trace, or what is shipped of it, or ``None``."""
@@ -100,8 +111,9 @@ class Served:
         arrivals: dict[str, Any] = (
             {"arrival": "all_at_once"} if rate is None else {"request_rate": rate}
         )
-        pool = {"device": "H100-SXM-80GB", "nodes": 1, "devices_per_node": devices}
+        pool = {"device": self.device, "nodes": 1, "devices_per_node": devices}
         space = {
+            **({"dp": self.dp} if self.dp else {}),
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
         }
@@ -141,6 +153,7 @@ _QWEN_LONG: Final = {"config": str(_MODELS / "qwen3-32b-yarn.json"), "max_model_
 """Qwen3-32B with the YaRN factor of 4 that its model card gives for contexts of 131,072 tokens."""
 
 _SEQS: Final = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
+_FEWER_SEQS: Final = (16, 32, 64, 128, 256, 512, 1024)
 _TOKENS: Final = (512, 1024, 2048, 3072, 4096, 8192, 16384)
 
 WORKLOADS: Final = (
@@ -181,7 +194,7 @@ WORKLOADS: Final = (
         "AzureLLMInferenceTrace_conv.csv",
         4000,
         37.0,
-        (16, 32, 64, 128, 256, 512, 1024),
+        _FEWER_SEQS,
         _TOKENS,
         {"ttft_ms": 1000, "tpot_ms": 30},
         "azure_conv_2023_2000.csv",
@@ -196,5 +209,30 @@ WORKLOADS: Final = (
         _TOKENS,
         {"ttft_ms": 5000, "tpot_ms": 50},
     ),
+    Served(
+        "mixtral-8x22b-azure-conv",
+        {"config": "mistralai/Mixtral-8x22B-v0.1", "max_model_len": 16384},
+        "AzureLLMInferenceTrace_conv.csv",
+        1000,
+        21.0,
+        _FEWER_SEQS,
+        _TOKENS,
+        {"ttft_ms": 2000, "tpot_ms": 50},
+        "azure_conv_2023_2000.csv",
+        dp=(1, 2, 4, 8),
+    ),
+    Served(
+        "qwen3-235b-azure-conv",
+        {"config": "Qwen/Qwen3-235B-A22B", "max_model_len": 16384},
+        "AzureLLMInferenceTrace_conv.csv",
+        1000,
+        21.0,
+        _FEWER_SEQS,
+        _TOKENS,
+        {"ttft_ms": 2000, "tpot_ms": 50},
+        "azure_conv_2023_2000.csv",
+        device="H200-SXM-141GB",
+        dp=(1, 2, 4, 8),
+    ),
 )
-"""Five workloads, each at three loads: fifteen cases."""
+"""Seven workloads, each at three loads: fifteen cases of dense models, six of experts."""
