@@ -304,7 +304,7 @@ def plan_name(plan: Plan) -> str:
 def _limits(problem: Problem) -> Any:
     space = problem.space
     return dataclasses.replace(
-        problem.default_limits,
+        problem.pool.default_limits,
         max_num_seqs=space.max_num_seqs[0],
         max_num_batched_tokens=space.max_num_batched_tokens[0],
     )

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from bench.search_cases import LOADS, OBJECTIVES, SHIPPED, WORKLOADS, Served
 from planner import solve
-from planner.objective import Outcome
 from planner.resolve import resolve
 from planner.space import enumerate_space
 from planner.verify import SAMPLE, verify
@@ -106,7 +105,7 @@ def exhaust(case: Case, traces: Path, objectives: list[str], requests: int | Non
     for rank, plan in enumerate(plans):
         result = problem.start(plan).finish()
         distinct[result.trajectory_hash()] = result.iterations
-        outcome = Outcome.of(result, plan.devices)
+        outcome = problem.outcome(plan, result)
         for name, scorer in scorers.items():
             key = scorer.score(outcome), rank
             best[name] = min(key, best.get(name, key))
@@ -224,8 +223,22 @@ def seed_tool(args: argparse.Namespace) -> dict[str, Any]:
     return {"scenario": served.name, "cpu_s": cpu_s, "plans": report.search.feasible}
 
 
+def _cluster(nodes: int, types: int) -> dict[str, Any]:
+    """Nodes of eight devices, half of them H100, at a load that grows with their number."""
+    half = nodes if types == 1 else nodes // 2
+    others = [("A100-SXM4-80GB", nodes // 4, 1.8), ("L40S", nodes // 4, 0.9)][: types - 1]
+    return {
+        "cluster": [
+            {"device": device, "nodes": n, "devices_per_node": 8, "price_per_hour": price}
+            for device, n, price in (("H100-SXM-80GB", half, 3.9), *others)
+        ],
+        "replicas": [2**i for i in range((8 * half).bit_length())],
+        "rate": WORKLOADS[0].rate("light") * nodes,
+    }
+
+
 def scale(args: argparse.Namespace) -> dict[str, Any]:
-    """How time grows with devices, plans and requests, one at a time; one type of device."""
+    """How time grows with devices, plans, requests and types of device, one at a time."""
     served = WORKLOADS[0]
     rows = []
     rate = served.rate("light")
@@ -234,23 +247,30 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
         *((f"{n} requests", {"num_requests": n}) for n in (250, 500, 1000, 2000)),
         *((f"{n} devices", {"devices": n, "num_requests": 500}) for n in (2, 4, 8)),
         ("8 devices, few limits", {"num_requests": 500, "space": few}),
+        *(
+            (f"{8 * nodes} devices, {types} types", {**_cluster(nodes, types), "space": few})
+            for nodes, types in ((8, 1), (8, 3), (64, 3), (512, 3))
+        ),
     ]
     for label, changes in steps:
         space = changes.pop("space", {})
-        asked = replace(served, **space).scenario(args.traces, rate=rate, **changes)
+        asked = replace(served, **space).scenario(args.traces, **{"rate": rate, **changes})
         solve(asked)
         began_s, cpu_s = time.perf_counter(), time.process_time()
         report = solve(asked)
         row = {
             "scenario": label,
             "plans": report.search.feasible,
+            "simulated": report.search.simulated + report.search.aborted,
             "iterations": report.search.iterations,
+            "proved": report.status == "optimal",
             "seconds": time.perf_counter() - began_s,
             "cpu_s": time.process_time() - cpu_s,
         }
         rows.append(row)
         print(
-            f"{label:<24} {row['plans']:>5} plans {row['iterations']:>9} iterations "
+            f"{label:<24} {row['plans']:>5} plans {row['simulated']:>4} simulated "
+            f"{row['iterations']:>9} iterations proved {row['proved']!s:<5} "
             f"{row['seconds']:>6.2f} s {row['cpu_s']:>6.2f} CPU s",
             flush=True,
         )

@@ -15,7 +15,7 @@ import scenarios
 from planner import Scenario
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 SHIPPED: Final = Path(scenarios.__file__).parent / "traces"
 """Folder of the traces that come with the package."""
@@ -102,8 +102,14 @@ class Served:
         rate: float | None = None,
         num_requests: int | None = None,
         devices: int = 8,
+        cluster: Sequence[dict[str, Any]] = (),
+        replicas: Sequence[int] = (),
     ) -> Scenario:
-        """The scenario; without a rate all requests are sent at once."""
+        """The scenario; without a rate all requests are sent at once.
+
+        ``cluster``, if given, has the pools in place of one node of so many devices, and
+        ``replicas`` the numbers of replicas in place of all that fit.
+        """
         found = self.find(traces)
         if found is None:
             raise FileNotFoundError(f"{self.trace} is not in {traces}")
@@ -111,16 +117,18 @@ class Served:
         arrivals: dict[str, Any] = (
             {"arrival": "all_at_once"} if rate is None else {"request_rate": rate}
         )
-        pool = {"device": self.device, "nodes": 1, "devices_per_node": devices}
+        node = {"device": self.device, "nodes": 1, "devices_per_node": devices}
+        pools = list(cluster) or [{**node, "price_per_hour": 3.9}]
         space = {
             **({"dp": self.dp} if self.dp else {}),
+            **({"replicas": list(replicas)} if replicas else {}),
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
         }
         data = {
             "schema_version": 1,
             "model": self.model,
-            "cluster": {"pools": [{**pool, "price_per_hour": 3.9}]},
+            "cluster": {"pools": pools},
             "engine": {"name": "vllm", "version": "0.24.0"},
             "workload": {
                 "trace": str(found),

@@ -90,7 +90,7 @@ def tiled(workload: Workload, requests: int, request_rate: float) -> Workload:
 def run_once(problem: Problem, plan: Plan, what: Workload, *, plain: bool) -> RunResult:
     """One whole run."""
     limits = problem.replica_limits(plan)
-    cost = problem.compiler.compile(plan.shape, plan.limits)
+    cost = problem.compile(plan.shape, plan.limits)
     return Run(what, plan.replicas, limits, cost, problem.rules, plain=plain).finish()
 
 

@@ -10,7 +10,7 @@ from planner.certificate import certificate, to_text
 from planner.errors import InfeasibleError, InputError, LimitError, RefusalError
 from planner.infeasible import explain_empty_space, explain_slo
 from planner.layouts import is_theoretical
-from planner.objective import Outcome, needs_gaps
+from planner.objective import needs_gaps
 from planner.provenance import operator_labels, provenance_of, warnings_of
 from planner.report import (
     Alternative,
@@ -164,7 +164,7 @@ def simulate_requests(
     if record_iterations:
         run.record_iterations()
     result = run.finish()
-    outcome = Outcome.of(result, plan.devices)
+    outcome = problem.outcome(plan, result)
     labels = operator_labels(problem, plan, result)
     metrics = run_metrics(problem, plan, result)
     report = SimulationReport(
@@ -173,14 +173,14 @@ def simulate_requests(
         metrics_interval=metrics_interval(problem, plan, metrics),
         breaks=tuple(c.name for c in problem.constraints if c.is_broken(outcome)),
         provenance=provenance_of(problem, plan, result, labels),
-        warnings=warnings_of(problem, labels),
+        warnings=warnings_of(problem, plan, labels),
     )
     return Simulation(report, problem.workload, result)
 
 
 def _require_compiled(problem: Problem, plan: Plan) -> None:
     """Refuse limits beyond what the scenario's own space lets the planner compile."""
-    largest = problem.compiler.max_limits
+    largest = problem.pool_of(plan.shape).compiler.max_limits
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         value, most = getattr(plan.limits, name), getattr(largest, name)
         if value > most:
@@ -242,7 +242,7 @@ def report_of(
         search=summary,
         provenance=provenance_of(problem, plan, result, labels),
         warnings=(
-            *warnings_of(problem, labels),
+            *warnings_of(problem, plan, labels),
             *((close.warning(problem.plan_text(plan)),) if close else ()),
         ),
         deterministic=found.deterministic,
@@ -288,7 +288,7 @@ def _alternatives(
     may_simulate = found.stopped_by is None and not only_simulated
 
     def order(candidate: Candidate) -> tuple[bool, bool, object]:
-        default = candidate.plan.limits == problem.default_limits
+        default = candidate.plan.limits == problem.pool_of(candidate.plan.shape).default_limits
         chosen_shape = candidate.plan.same_devices(best.plan)
         return not (default and chosen_shape), bool(candidate.broken), candidate.key
 
@@ -301,7 +301,7 @@ def _alternatives(
         score, broken = candidate.score, candidate.broken
         if not candidate.exact:
             result = problem.start(candidate.plan, record_gaps=with_gaps).finish()
-            outcome = Outcome.of(result, candidate.plan.devices)
+            outcome = problem.outcome(candidate.plan, result)
             score = objective.score(outcome)
             broken = tuple(c.name for c in problem.constraints if c.is_broken(outcome))
         value = objective.value(score[0])

@@ -115,7 +115,7 @@ def certificate(scenario: Scenario, problem: Problem, found: SearchResult) -> di
         _supported(
             text(Plan(1, *key)),
             floored,
-            problem.compiler.compile(*key),
+            problem.compile(*key),
             floored.limits,
         )
         for key, floored in sorted(

@@ -10,7 +10,6 @@ from planner.candidates import Fate
 from planner.compare import Comparison, compare_sides, side_of
 from planner.errors import LimitError
 from planner.layouts import is_theoretical
-from planner.objective import Outcome
 from planner.operators import operator_times_ms
 from planner.plan_text import read_plan
 from planner.resolve import resolve
@@ -132,7 +131,7 @@ def _hold_against(
     """The plan simulated, beside the best where there is one."""
     objective, text = problem.objective, problem.plan_text(plan)
     own = simulate_requests(scenario, text)
-    value = objective.value(objective.score(Outcome.of(own.result, plan.devices))[0])
+    value = objective.value(objective.score(problem.outcome(plan, own.result))[0])
     times = operator_times_ms(problem, plan, own.result)
     settled = None if known is None else _SETTLED[known.fate]
     bound = None if known is None else objective.value(known.score[0])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from planner.engine_settings import OWN_NAMES
 from planner.errors import InputError
-from planner.objective import ITL, TICKS_PER_S, ExcessObjective, Outcome
+from planner.objective import ITL, TICKS_PER_S, ExcessObjective
 from planner.resolve import resolve
 from planner.scenario import Scenario
 from planner.search import Search
@@ -40,7 +40,7 @@ def explain_slo(problem: Problem, scenario: Scenario) -> tuple[str, str, bool]:
         return "no plan meets the SLOs", unknown, nearest.deterministic
     gaps = any(c.metric == ITL for c in problem.constraints)
     result = problem.start(best.plan, record_gaps=gaps).finish()
-    outcome = Outcome.of(result, best.plan.devices)
+    outcome = problem.outcome(best.plan, result)
     broken = [c for c in problem.constraints if c.is_broken(outcome)]
     figures = ", ".join(
         f"{c.name} {c.ticks(outcome) / _TICKS_PER_MS:.1f} ms against {c.limit_ms:g} ms"
@@ -197,15 +197,17 @@ def _memory_changes(problem: Problem, plan: Plan) -> list[str]:
     if problem.num_blocks is not None:  # measured: it grows neither with memory nor with devices
         changes.append(f"engine.num_gpu_blocks: {problem.full_request_blocks(plan.shape)}")
         return changes
-    share = problem.needed_bytes(plan.shape, plan.limits) / problem.device.memory_bytes
-    if share <= 1.0 and problem.memory_rules.accounting == "share_of_device":
+    pool = problem.pool_of(plan.shape)
+    share = problem.needed_bytes(plan.shape, plan.limits) / pool.device.memory_bytes
+    if share <= 1.0 and pool.memory_rules.accounting == "share_of_device":
         setting = OWN_NAMES[problem.engine.name]["memory_fraction"]
         changes.append(f"engine.{setting}: {-(-share * 1000 // 1) / 1000:g}")
-    for tp in problem.compiler.widths:
-        fits = _missing_bytes(problem, Plan(1, Shape(tp), plan.limits)) <= 0
+    for tp in pool.compiler.widths:
+        wide = Shape(tp, device=plan.shape.device)
+        fits = _missing_bytes(problem, Plan(1, wide, plan.limits)) <= 0
         wider = tp > plan.shape.width
-        if wider and fits and can_launch(problem, Shape(tp), plan.limits, on_any_node=True):
-            there = tp <= min(problem.devices_per_node, problem.num_devices)
+        if wider and fits and can_launch(problem, wide, plan.limits, on_any_node=True):
+            there = tp <= min(pool.devices_per_node, pool.num_devices)
             widen = f"{tp} in search.space.tp"
             changes.append(widen if there else f"a pool of {tp} devices in one node, for tp{tp}")
             break
@@ -216,8 +218,10 @@ def _memory_changes(problem: Problem, plan: Plan) -> list[str]:
 
 
 def _widen(problem: Problem) -> str:
-    widths = ", ".join(map(str, problem.compiler.widths))
+    pools = problem.pools.values()
+    widths = ", ".join(map(str, sorted({tp for pool in pools for tp in pool.compiler.widths})))
+    devices = " or ".join(str(pool.num_devices) for pool in pools)
     return (
         f"widen search.space: tp of {widths} that divides the model's heads, replicas that fit "
-        f"{problem.num_devices} devices, max_num_batched_tokens of at least max_num_seqs"
+        f"{devices} devices, max_num_batched_tokens of at least max_num_seqs"
     )

@@ -24,6 +24,8 @@ from planner.requests import digest_of
 from planner.resolve import resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from planner.problem import Problem
     from planner.report import PlanReport
     from planner.scenario import Scenario
@@ -156,25 +158,34 @@ def inputs_of(scenario: Scenario, problem: Problem) -> dict[str, Any]:
     fields = scenario.model_dump(mode="json", exclude_unset=True)
     search = {k: v for k, v in fields.pop("search", {}).items() if k != "time_limit_s"}
     engine: dict[str, Any] = dict(known["engine"])  # type: ignore[call-overload]
-    profile = (
-        problem.rules,
-        problem.memory_rules,
-        problem.default_limits,
-        problem.engine.graphs_on(problem.device),
-        problem.engine.nccl_all_reduce_from_bytes,
-    )
+    pools = list(problem.pools.values())
+    profiles = [
+        (
+            problem.rules,
+            pool.memory_rules,
+            pool.default_limits,
+            problem.engine.graphs_on(pool.device),
+            problem.engine.nccl_all_reduce_from_bytes,
+        )
+        for pool in pools
+    ]
     return {
         "scenario": {**fields, **({"search": search} if search else {})},
         "planner": {"version": known["planner"], "semantics": known["semantics"]},
         "trace": known["workload"],
         "table": known["kernel_table"],
         "engine": {"name": engine.pop("name"), "version": engine.pop("version")},
-        "rules": digest_of(_plain(profile)),
+        "rules": _digest(profiles),
         "calibration": _plain(engine),
         "model": digest_of(_plain(problem.model)),
-        "device": digest_of(_plain((problem.device, problem.price_per_hour))),
-        "network": digest_of(_plain(problem.fabric)),
+        "device": _digest([(pool.device, pool.price_per_hour) for pool in pools]),
+        "network": _digest([pool.fabric for pool in pools]),
     }
+
+
+def _digest(by_pool: Sequence[object]) -> str:
+    """Digest of what each pool has; of the thing itself where there is one pool."""
+    return digest_of(_plain(by_pool[0] if len(by_pool) == 1 else by_pool))
 
 
 def _rounded(value: float | bool) -> float | bool:

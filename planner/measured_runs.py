@@ -113,7 +113,7 @@ def calibrate(
         calibrated=Calibrated(
             engine=server.problem.engine.name,
             version=server.problem.engine.version,
-            device=server.problem.device.name,
+            device=server.problem.pool.device.name,
             model=scenario.model.config,
             plans=tuple(sorted(set(plans))),
         ),
@@ -323,7 +323,7 @@ def _candidates(server: _Server, prompt: int, output: int, plans: Sequence[str])
     shapes |= set(problem.space.shapes)
     found = []
     for shape in sorted(shapes):
-        plan = Plan(1, shape, problem.default_limits)
+        plan = Plan(1, shape, problem.pool.default_limits)
         for load in _LOADS:
             run = Measurement(
                 source="candidate",

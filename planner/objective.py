@@ -15,7 +15,7 @@ from simulator.metrics import good, statistic_s, weighted_statistic_s
 from simulator.units import MS_PER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
     import numpy.typing as npt
@@ -49,6 +49,8 @@ class Outcome:
         Makespan, or a lower bound on it.
     devices
         Devices of the plan.
+    micros_per_hour
+        Their price, millionths of a USD per hour.
     exact
         Whether these are a finished run's values.
     gaps
@@ -58,13 +60,21 @@ class Outcome:
     values: Latencies
     makespan_s: float
     devices: int
+    micros_per_hour: int
     exact: bool
     gaps: tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]] | None = None
 
     @classmethod
-    def of(cls, result: RunResult, devices: int) -> Outcome:
-        """Outcome of a finished run."""
-        return cls(result.values, result.makespan_s, devices, exact=True, gaps=result.gaps)
+    def of(cls, result: RunResult, devices: int, micros_per_hour: int = 0) -> Outcome:
+        """Outcome of a finished run on so many devices, at their price."""
+        return cls(
+            result.values,
+            result.makespan_s,
+            devices,
+            micros_per_hour,
+            exact=True,
+            gaps=result.gaps,
+        )
 
     def ticks(self, value_s: float) -> int:
         """``value_s`` in ticks, rounded so that a bound stays a bound."""
@@ -142,7 +152,9 @@ UNITS: Final[Mapping[str, str]] = {
 MAXIMIZED: Final = ("throughput", "goodput", "slo_attainment")
 """Quantities of which more is better; scores count them the other way round."""
 
-_MICROS: Final = 1_000_000
+MICROS: Final = 1_000_000
+"""Parts of a USD in which prices count."""
+
 _SECONDS_PER_HOUR: Final = 3600
 _NO_GOOD_TICKS: Final = 1 << 48
 """Makespan per good request where there is none, 3.3 days: no run's own value is larger."""
@@ -161,8 +173,6 @@ class Objective:
         makespan is the highest throughput.
     then
         Quantities that decide between plans of equal value, in order.
-    price_per_hour
-        USD per device and hour, where a cost is asked for.
     goodput_limits_s
         Limits on each request, where goodput or attainment is asked for.
     num_requests
@@ -172,7 +182,6 @@ class Objective:
     name: str
     output_tokens: int
     then: tuple[str, ...] = ()
-    price_per_hour: float | None = None
     goodput_limits_s: Mapping[str, float] = field(default_factory=dict)
     num_requests: int = 1
 
@@ -229,11 +238,11 @@ class Objective:
         if name == "slo_attainment":  # requests that break a limit
             return len(outcome.values.e2e_s) - outcome.good_requests(self.goodput_limits_s)
         if name in ("cost_per_hour", "cost_per_million_tokens"):
-            micros_per_hour = round((self.price_per_hour or 0.0) * _MICROS) * outcome.devices
             if name == "cost_per_hour":
-                return micros_per_hour
+                return outcome.micros_per_hour
             # 1e-6 USD/h x 1e-9 s / (3600 s/h x tokens) x 1e6 tokens = 1e-9 USD
-            return micros_per_hour * makespan_ticks // (_SECONDS_PER_HOUR * self.output_tokens)
+            micro_ticks = outcome.micros_per_hour * makespan_ticks
+            return micro_ticks // (_SECONDS_PER_HOUR * self.output_tokens)
         statistic, metric = name.split("_")
         return outcome.statistic_ticks(statistic, metric)
 
@@ -252,7 +261,7 @@ class Objective:
         if name == "slo_attainment":
             return 1.0 - ticks / self.num_requests
         if name == "cost_per_hour":
-            return ticks / _MICROS
+            return ticks / MICROS
         if name == "cost_per_million_tokens":
             return ticks / TICKS_PER_S
         return ticks * MS_PER_S / TICKS_PER_S
@@ -304,7 +313,7 @@ def objective_of(
     spec: ObjectiveSpec,
     workload: Workload,
     *,
-    price_per_hour: float | None,
+    prices_per_hour: Iterable[float | None],
     goodput_limits_s: Mapping[str, float],
     source: str,
 ) -> Objective:
@@ -315,18 +324,18 @@ def objective_of(
     InputError
         When it needs a price or limits on each request, and the scenario has none.
     """
+    prices = tuple(prices_per_hour)
     for name in spec.names:
         if name in ("goodput", "slo_attainment") and not goodput_limits_s:
             rule = "needs limits on each request: add a section such as goodput: {ttft_ms: 2000}"
             raise InputError(source=source, field="objective", value=name, rule=rule)
-        if name.startswith("cost_") and price_per_hour is None:
+        if name.startswith("cost_") and None in prices:
             rule = "needs a price: add price_per_hour to the pool"
             raise InputError(source=source, field="objective", value=name, rule=rule)
     return Objective(
         spec.names[0],
         int(workload.output_tokens.sum()),
         spec.names[1:],
-        price_per_hour,
         goodput_limits_s,
         workload.num_requests,
     )

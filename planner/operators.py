@@ -23,7 +23,7 @@ def operator_times_ms(problem: Problem, plan: Plan, result: RunResult) -> dict[s
     :meth:`simulator.cost.CostCompiler.time_by_label`: prompts count one by one, everything else
     at the run's means. What host time and launch overlap hide is not taken off.
     """
-    load, compiler = load_of(problem, result), problem.compiler
+    load, compiler = load_of(problem, result), problem.pool_of(plan.shape).compiler
     at = compiler._index(  # noqa: SLF001  # the compiler has no public view by operator
         round(load.tokens),
         round(load.decodes),

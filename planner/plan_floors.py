@@ -67,7 +67,7 @@ class PlanFloors:
         """Floors of replicas of this shape under these limits."""
         key = shape, limits
         if key not in self.classes:
-            cost = self.problem.compiler.compile(shape, limits)
+            cost = self.problem.compile(shape, limits)
             own = self.problem.replica_limits(Plan(1, shape, limits))
             self.classes[key] = self._derive(shape, cost, own, (limits,))
         return self.classes[key]
@@ -117,7 +117,7 @@ def full_tokens(problem: Problem, members: Members) -> tuple[int, ...]:
 
 def loosest(problem: Problem, shape: Shape, members: Members) -> tuple[IterationCost, Limits]:
     """A cost nowhere above, and limits nowhere below, those of replicas of ``shape``."""
-    cost = least_cost([problem.compiler.compile(shape, limits) for limits in members])
+    cost = least_cost([problem.compile(shape, limits) for limits in members])
     each = [problem.replica_limits(Plan(1, shape, limits)) for limits in members]
     most = each[0]._replace(
         max_num_seqs=max(one.max_num_seqs for one in each),

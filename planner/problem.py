@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from planner.objective import MICROS, Outcome
 from simulator.kv_layout import KvLayout, kv_layout
 from simulator.memory import MemoryBudget, memory_budgets, tightest
 from simulator.rules import ROUTERS
@@ -15,16 +16,15 @@ from simulator.timing import in_ps
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from planner.device_pool import DevicePool
     from planner.io.engines import EngineProfile
     from planner.objective import Constraint, Objective
-    from simulator.cost import CostCompiler
-    from simulator.device import Device
     from simulator.engine_rules import LockstepRules
-    from simulator.fabric import Fabric
-    from simulator.memory import MemoryRules
     from simulator.model import ModelShape
     from simulator.plan import BatchingLimits, Plan, Shape
     from simulator.rules import Rules
+    from simulator.run import RunResult
+    from simulator.timing import IterationCost
     from simulator.workload import Workload
 
 
@@ -67,32 +67,25 @@ class Problem:
     ----------
     source
         Name of the scenario in messages.
-    model, device, engine
-        What is served, on what, by what.
-    num_devices, devices_per_node, fabric
-        The pool, and the links in it.
+    model, engine
+        What is served, and by what.
+    pools
+        On what: the pools of devices by `Shape.device`, in the scenario's order. A plan runs in
+        one of them.
     quantized_at_load
         Whether the engine quantises the checkpoint's weights while it loads them.
-    price_per_hour
-        USD per device and hour, or ``None``.
-    memory_rules
-        What the engine takes of a device's memory.
     num_blocks
         Measured KV blocks that replace the memory model's figure, or ``None``.
     max_model_len
         Longest request that each replica must be able to hold, tokens.
     workload
         The requests.
-    default_limits
-        The engine's own batching limits on this device.
     rules
         The engine's batching rules without pipeline stages, as they are simulated.
     uses_prefix_cache
         Whether the server is started with its prefix cache, also where it is not simulated.
     lockstep
         How attention groups of one replica run; ``None``: the engine version knows one only.
-    compiler
-        Maker of iteration costs.
     ingress_s
         From a client's send to the scheduler's queue.
     space, search_limits, objective, constraints, goodput_limits_s
@@ -105,22 +98,15 @@ class Problem:
 
     source: str
     model: ModelShape
-    device: Device
     engine: EngineProfile
-    num_devices: int
-    devices_per_node: int
-    fabric: Fabric
+    pools: Mapping[str, DevicePool]
     quantized_at_load: bool
-    price_per_hour: float | None
-    memory_rules: MemoryRules
     num_blocks: int | None
     max_model_len: int
     workload: Workload
-    default_limits: BatchingLimits
     rules: Rules
     uses_prefix_cache: bool
     lockstep: LockstepRules | None
-    compiler: CostCompiler
     ingress_s: float
     space: SearchSpace
     search_limits: SearchLimits
@@ -132,6 +118,27 @@ class Problem:
     _budgets: dict[tuple[Shape, BatchingLimits], tuple[MemoryBudget, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    @property
+    def pool(self) -> DevicePool:
+        """The pool of a problem that has but one.
+
+        Raises
+        ------
+        ValueError
+            When it has several.
+        """
+        (only,) = self.pools.values()
+        return only
+
+    def pool_of(self, shape: Shape) -> DevicePool:
+        """The pool that a replica of ``shape`` runs in."""
+        return self.pools[shape.device]
+
+    @property
+    def default_limits(self) -> Mapping[str, BatchingLimits]:
+        """The engine's own batching limits by `Shape.device`."""
+        return {name: pool.default_limits for name, pool in self.pools.items()}
 
     @property
     def longest_prefill(self) -> int:
@@ -146,17 +153,28 @@ class Problem:
 
     def replicas_that_fit(self, shape: Shape) -> int:
         """Replicas that the pool holds: several to a node, or each on nodes of its own."""
-        nodes = self.num_devices // self.devices_per_node
-        if shape.devices <= self.devices_per_node:
-            return nodes * (self.devices_per_node // shape.devices)
-        return nodes // -(-shape.devices // self.devices_per_node)
+        return self.pool_of(shape).replicas_that_fit(shape.devices)
+
+    def micros_per_hour(self, plan: Plan) -> int:
+        """Price of the plan's devices, millionths of a USD per hour; 0 without a price."""
+        price = self.pool_of(plan.shape).price_per_hour or 0.0
+        return round(price * MICROS) * plan.devices
+
+    def outcome(self, plan: Plan, result: RunResult) -> Outcome:
+        """What the finished run of ``plan`` comes to."""
+        return Outcome.of(result, plan.devices, self.micros_per_hour(plan))
+
+    def compile(self, shape: Shape, limits: BatchingLimits) -> IterationCost:
+        """Cost of the iterations of a replica of ``shape``."""
+        return self.pool_of(shape).compiler.compile(shape, limits)
 
     def stages_memory(self, shape: Shape, limits: BatchingLimits) -> tuple[MemoryBudget, ...]:
         """Memory of one rank of each pipeline stage."""
         key = shape, limits
         if key not in self._budgets:
-            rules = self.memory_rules
-            self._budgets[key] = memory_budgets(self.model, self.device, shape, limits, rules)
+            pool = self.pool_of(shape)
+            rules = pool.memory_rules
+            self._budgets[key] = memory_budgets(self.model, pool.device, shape, limits, rules)
         return self._budgets[key]
 
     def memory(self, shape: Shape, limits: BatchingLimits) -> MemoryBudget:
@@ -173,7 +191,7 @@ class Problem:
 
     def layout(self, shape: Shape) -> KvLayout:
         """How a replica's KV cache is cut into pages."""
-        rules = self.memory_rules
+        rules = self.pool_of(shape).memory_rules
         return kv_layout(self.model, shape.tp, rules.block_tokens, rules.state_dtype)
 
     def tokens_held(self, shape: Shape, pages: int) -> int:
@@ -192,7 +210,7 @@ class Problem:
 
         Of the pipeline stage that needs most.
         """
-        pages = self.full_request_blocks(shape) + self.memory_rules.null_blocks
+        pages = self.full_request_blocks(shape) + self.pool_of(shape).memory_rules.null_blocks
         stages = self.stages_memory(shape, limits)
         return max(stage.fixed_bytes + pages * stage.block_bytes for stage in stages)
 
@@ -215,13 +233,14 @@ class Problem:
 
     def start(self, plan: Plan, *, record_gaps: bool = False, plain: bool = False) -> Run:
         """A fresh run of ``plan`` over the workload; ``plain`` as of `simulator.run.Run`."""
+        compiler = self.pool_of(plan.shape).compiler
         return Run(
             self.workload,
             plan.replicas,
             self.replica_limits(plan),
-            self.compiler.compile(plan.shape, plan.limits),
+            compiler.compile(plan.shape, plan.limits),
             self._rules_behind_router(plan),
-            together=self.compiler.compile_lockstep(plan.shape, plan.limits),
+            together=compiler.compile_lockstep(plan.shape, plan.limits),
             record_gaps=record_gaps,
             plain=plain,
         )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def operator_labels(problem: Problem, plan: Plan, result: RunResult) -> dict[str, Provenance]:
     """Where the time of each operator comes from, at the run's largest batch."""
     usage = result.usage
-    return problem.compiler.provenance(
+    return problem.pool_of(plan.shape).compiler.provenance(
         plan.shape,
         tokens=usage.tokens,
         sequences=usage.seats,
@@ -31,7 +31,8 @@ def provenance_of(
     problem: Problem, plan: Plan, result: RunResult, labels: Mapping[str, Provenance]
 ) -> dict[str, object]:
     """The problem's digests, each operator's label, and the share of time that a label holds."""
-    seconds = problem.compiler.time_by_label(plan.shape, load_of(problem, result))
+    compiler = problem.pool_of(plan.shape).compiler
+    seconds = compiler.time_by_label(plan.shape, load_of(problem, result))
     total = sum(seconds.values())
     return {
         **problem.provenance,
@@ -60,12 +61,13 @@ def load_of(problem: Problem, result: RunResult) -> Load:
     )
 
 
-def warnings_of(problem: Problem, labels: Mapping[str, Provenance]) -> tuple[str, ...]:
-    """The problem's warnings, and operators that no measurement covers.
+def warnings_of(problem: Problem, plan: Plan, labels: Mapping[str, Provenance]) -> tuple[str, ...]:
+    """The problem's warnings, and operators of ``plan`` that no measurement covers.
 
     Of a device whose times are all scaled from another's a warning has said so already.
     """
-    least = Provenance.ROOFLINE if problem.compiler.is_estimated else Provenance.EXTRAPOLATED
+    is_estimated = problem.pool_of(plan.shape).compiler.is_estimated
+    least = Provenance.ROOFLINE if is_estimated else Provenance.EXTRAPOLATED
     weak = [f"{name} ({label.name.lower()})" for name, label in labels.items() if label >= least]
     if not weak:
         return problem.warnings

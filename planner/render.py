@@ -99,7 +99,7 @@ def _plan(plan: PlanSummary) -> RenderableType:
     ways = [("tensor", plan.tp), ("pipeline", plan.pp), ("attention data", plan.dp)]
     ways.append(("expert", plan.ep))
     spread = ", ".join(f"{name} parallel {n}" for name, n in ways if n > 1 or name == "tensor")
-    shape = f"{replicas} of {spread} on {plan.devices} devices"
+    shape = f"{replicas} of {spread} on {plan.devices} {plan.device or 'devices'}"
     if plan.cost_per_hour is not None:
         shape += f", {plan.cost_per_hour:.2f} USD/h"
     limits = (

@@ -35,7 +35,8 @@ class PlanSummary:
     ``cost_per_hour`` is in USD, or ``None`` without a price. ``launch`` has one command per
     replica; ``memory`` is in GiB per device, and its KV tokens count one replica. ``theoretical``
     says that the engine version cannot launch the plan, for which there are no commands then; it is
-    written only where it is true.
+    written only where it is true. ``device`` names the pool that it runs in, where there are
+    several, and is left out where there is one.
     """
 
     id: str
@@ -51,11 +52,15 @@ class PlanSummary:
     memory: Mapping[str, float]
     launch: tuple[str, ...]
     theoretical: bool = False
+    device: str = ""
 
     @classmethod
     def of(cls, problem: Problem, plan: Plan) -> PlanSummary:
         """Describe ``plan``."""
-        budget, price = problem.memory(plan.shape, plan.limits), problem.price_per_hour
+        budget, price = (
+            problem.memory(plan.shape, plan.limits),
+            problem.pool_of(plan.shape).price_per_hour,
+        )
         theoretical = is_theoretical(problem, plan.shape)
         blocks = problem.blocks(plan.shape, plan.limits)
         return cls(
@@ -79,6 +84,7 @@ class PlanSummary:
             },
             launch=() if theoretical else launch_commands(problem, plan),
             theoretical=theoretical,
+            device=plan.shape.device,
         )
 
 
@@ -207,7 +213,7 @@ class PlanReport:
         if self.search.seconds is None:
             del data["search"]["seconds"]
         for plan in (data["plan"], *data["alternatives"]):
-            _mark_if_theoretical(plan)
+            _without_unset(plan)
         return data
 
     def to_json(self) -> str:
@@ -231,7 +237,7 @@ class SimulationReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; numbers rounded to ten digits."""
         data: dict[str, Any] = _plain(dataclasses.asdict(self))
-        _mark_if_theoretical(data["plan"])
+        _without_unset(data["plan"])
         return data
 
     def to_json(self) -> str:
@@ -254,9 +260,10 @@ def run_metrics(problem: Problem, plan: Plan, result: RunResult) -> dict[str, fl
     out["peak_running"] = usage.seats
     out["peak_kv_usage"] = usage.blocks / problem.blocks(plan.shape, plan.limits)
     out["overloaded"] = overloaded(result.values, result.arrival_s, problem.workload)
-    if problem.price_per_hour is not None:
+    price = problem.pool_of(plan.shape).price_per_hour
+    if price is not None:
         tokens_per_hour = out["output_throughput"] * 3600
-        cost = problem.price_per_hour * plan.devices
+        cost = price * plan.devices
         out["cost_per_million_output_tokens"] = cost / tokens_per_hour * 1e6
     return out
 
@@ -282,10 +289,11 @@ def dump_json(data: object) -> str:
     return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _mark_if_theoretical(plan: dict[str, Any] | None) -> None:
-    """Leave the mark only on plans that the engine cannot launch."""
-    if plan is not None and not plan["theoretical"]:
-        del plan["theoretical"]
+def _without_unset(plan: dict[str, Any] | None) -> None:
+    """Leave out of a plan what is only written where it says something."""
+    for name in ("theoretical", "device"):
+        if plan is not None and name in plan and not plan[name]:
+            del plan[name]
 
 
 def _plain(value: Any) -> Any:

@@ -96,6 +96,11 @@ class Scenario(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Scenario:
+        if self.engine.num_gpu_blocks is not None and len(self.cluster.pools) > 1:
+            refuse(
+                "was measured on one kind of device: leave it out where there are several pools",
+                at="engine.num_gpu_blocks",
+            )
         own = OWN_NAMES.get(self.engine.name, {})
         for name in ("max_num_seqs", "max_num_batched_tokens") if own else ():
             pinned = getattr(self.engine.settings, name)

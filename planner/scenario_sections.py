@@ -27,6 +27,9 @@ from planner.engine_settings import (
 )
 from planner.scenario_errors import refuse
 
+MAX_POOLS: Final = 4
+"""Most pools of one cluster."""
+
 MAX_INT = 2**31 - 1
 """Largest count or token number: what the solver's and numpy's 32-bit fields can hold."""
 
@@ -130,12 +133,12 @@ class PoolSpec(Section):
 def _check_pools(pools: tuple[PoolSpec, ...]) -> tuple[PoolSpec, ...]:
     if not pools:
         refuse("must list one pool of devices, and lists none")
-    if len(pools) > 1:
-        refuse(
-            f"lists {len(pools)} pools; this version plans over exactly one: "
-            "write one scenario per pool",
-            show=False,
-        )
+    if len(pools) > MAX_POOLS:
+        refuse(f"lists {len(pools)} pools; at most {MAX_POOLS} can be planned over", show=False)
+    devices = [pool.device for pool in pools]
+    for device in devices:
+        if devices.count(device) > 1:  # plans name their pool by its device
+            refuse(f"lists two pools of {device}: put all devices of a kind into one", show=False)
     return pools
 
 
@@ -143,7 +146,7 @@ class ClusterSpec(Section):
     """The hardware that a plan may use."""
 
     pools: Annotated[tuple[PoolSpec, ...], AfterValidator(_check_pools)]
-    """Pools of devices; exactly one in this version."""
+    """Pools of devices, one to four, each of another device; a plan runs in one of them."""
     router: Literal["round_robin", "least_loaded", "shortest_queue", "prefix_aware"] = "round_robin"
     """How requests are spread over replicas."""
 

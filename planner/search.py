@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from planner.bounds import gap_bounds, run_bounds
 from planner.candidates import UNKNOWN_SCORE, Candidate, Fate, Trace
-from planner.cpsat.classes import forbidden_columns, master_classes
+from planner.cpsat.classes import forbidden_columns, master_classes, pool_sizes
 from planner.cpsat.model import MasterStatus, solve_master
 from planner.errors import PlannerError
 from planner.objective import ITL, Outcome
@@ -151,7 +151,7 @@ class Search:
         levels.append({k: c.rank for k, c in columns.items()})
         forbidden = [k for k, c in columns.items() if c.fate is Fate.BREAKS_SLO]
         forbidden += forbidden_columns(self.problem, classes)
-        result = solve_master(classes, self.problem.num_devices, levels, forbidden)
+        result = solve_master(classes, pool_sizes(self.problem), levels, forbidden)
         if result.status is MasterStatus.UNKNOWN:
             raise LimitReachedError("master_limit")
         if result.column is None:
@@ -218,7 +218,7 @@ class Search:
 
     def _settle(self, candidate: Candidate, result: RunResult) -> None:
         """Record a finished run."""
-        outcome = Outcome.of(result, candidate.plan.devices)
+        outcome = self.problem.outcome(candidate.plan, result)
         candidate.result = result
         candidate.score = self.scorer.score(outcome)
         candidate.exact = True
@@ -234,7 +234,7 @@ class Search:
             if other.fate is not Fate.OPEN:
                 continue
             limits = self.problem.replica_limits(other.plan)
-            cost = self.problem.compiler.compile(other.plan.shape, other.plan.limits)
+            cost = self.problem.compile(other.plan.shape, other.plan.limits)
             if not trace.same_for(other.plan, limits, cost):
                 continue
             if candidate.exact:
@@ -272,7 +272,14 @@ class Search:
         gaps = None
         if self._records_gaps:
             gaps = gap_bounds(self.problem.workload, known.floors.costs)
-        return Outcome(bounds.values, bounds.makespan_s, plan.devices, exact=False, gaps=gaps)
+        return Outcome(
+            bounds.values,
+            bounds.makespan_s,
+            plan.devices,
+            self.problem.micros_per_hour(plan),
+            exact=False,
+            gaps=gaps,
+        )
 
     @cached_property
     def _families(self) -> dict[tuple[Shape, int], list[Candidate]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from planner.errors import InputError, RefusalError
-from planner.objective import Constraint, Outcome
+from planner.objective import Constraint
 from planner.scenario_goals import SloSpec
 from simulator.metrics import overloaded
 
@@ -97,7 +97,7 @@ def holds(problem: Problem, plan: Plan, constraints: tuple[Constraint, ...]) -> 
     long = dataclasses.replace(problem, workload=repeated(problem.workload, _REPEATS))
     gaps = any(c.metric == "itl" for c in constraints)
     result = long.start(plan, record_gaps=gaps).finish()
-    outcome = Outcome.of(result, plan.devices)
+    outcome = problem.outcome(plan, result)
     if any(c.is_broken(outcome) for c in constraints):
         return False
     return not overloaded(result.values, result.arrival_s, long.workload)

@@ -189,7 +189,11 @@ class SessionSearch(Search):
         key = plan.shape, plan.limits
         if key not in self._outcomes:
             self._outcomes[key] = self._outcome_alone(plan)
-        outcome = replace(self._outcomes[key], devices=plan.devices)
+        outcome = replace(
+            self._outcomes[key],
+            devices=plan.devices,
+            micros_per_hour=self.problem.micros_per_hour(plan),
+        )
         broken = tuple(c.name for c in self.constraints if c.is_broken(outcome))
         return self.scorer.score(outcome), broken
 
@@ -201,4 +205,11 @@ class SessionSearch(Search):
         last_ps = first_ps + floors.decode_ps[prompt + output] - floors.decode_ps[prompt + 1]
         values = latencies(np.zeros_like(first_ps), first_ps, last_ps, output)
         gaps = gap_bounds(work, floors) if self._with_gaps else None
-        return Outcome(values, float(in_s(last_ps.max())), plan.devices, exact=False, gaps=gaps)
+        return Outcome(
+            values,
+            float(in_s(last_ps.max())),
+            plan.devices,
+            self.problem.micros_per_hour(plan),
+            exact=False,
+            gaps=gaps,
+        )

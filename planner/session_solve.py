@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from planner.api import infeasible_report, report_of, search_summary
 from planner.candidates import Candidate, Fate
 from planner.errors import LimitError
-from planner.objective import Outcome
 from planner.search_result import SearchResult
 from planner.session_search import SessionSearch
 
@@ -163,7 +162,7 @@ def _found(
 
 def _candidate(problem: Problem, plan: Plan, run: RunResult) -> Candidate:
     """A plan that was simulated to the end."""
-    outcome = Outcome.of(run, plan.devices)
+    outcome = problem.outcome(plan, run)
     return Candidate(
         plan,
         rank=0,

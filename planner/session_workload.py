@@ -149,7 +149,7 @@ class Workloads:
             objective=objective_of(
                 scenario.objective,
                 workload,
-                price_per_hour=base.price_per_hour,
+                prices_per_hour=[pool.price_per_hour for pool in base.pools.values()],
                 goodput_limits_s=dict(base.goodput_limits_s),
                 source=scenario.source,
             ),
@@ -220,7 +220,8 @@ class Workloads:
     def _requests(self, scenario: Scenario) -> tuple[Workload, str, list[str]]:
         problem = self._problem
         shares = problem.uses_prefix_cache and problem.rules.policy == VLLM_V1
-        block_tokens = problem.memory_rules.block_tokens if shares else 0
+        first = next(iter(problem.pools.values()))  # the engine's blocks are the same everywhere
+        block_tokens = first.memory_rules.block_tokens if shares else 0
         return requests_of(scenario, problem.max_model_len, block_tokens)
 
     def _error(self, name: str, value: object, rule: str) -> InputError:

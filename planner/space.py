@@ -171,15 +171,15 @@ def _ffn_sizes(layer: Layer, shape: Shape, rule: str) -> Iterator[tuple[int, boo
 
 def _collectives_have_times(problem: Problem, shape: Shape) -> bool:
     """Whether tensor-parallel ranks can reduce and attention groups exchange their tokens."""
-    compiler = problem.compiler
+    compiler = problem.pool_of(shape).compiler
     return shape.tp in compiler.widths and (shape.dp == 1 or compiler.joins_groups)
 
 
 def _nodes_join(problem: Problem, shape: Shape) -> bool:
     """Whether a replica fits into a node, or fills several that a network or NVLink joins."""
-    per_node = problem.devices_per_node
-    devices = shape.devices
-    return devices <= per_node or (devices % per_node == 0 and devices <= problem.fabric.devices)
+    pool, devices = problem.pool_of(shape), shape.devices
+    per_node = pool.devices_per_node
+    return devices <= per_node or (devices % per_node == 0 and devices <= pool.fabric.devices)
 
 
 def can_launch(
@@ -207,7 +207,7 @@ def broken_rule(problem: Problem, plan: Plan) -> str | None:
     rule = _launch_rule(problem, plan.shape, plan.limits)
     if rule is not None:
         return rule
-    if plan.devices > problem.num_devices:
+    if plan.devices > problem.pool_of(plan.shape).num_devices:
         return DEVICES
     if plan.replicas > problem.replicas_that_fit(plan.shape):
         return PACKING
@@ -219,6 +219,7 @@ def broken_rule(problem: Problem, plan: Plan) -> str | None:
 
 def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
     """The figures behind a broken rule, for a person."""
+    pool = problem.pool_of(plan.shape)
     if rule == FORBIDDEN:
         return f"it matches {forbidding(problem, plan)!r}"
     if rule == WEIGHTS:
@@ -234,9 +235,9 @@ def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
         held = problem.layout(plan.shape).longest(problem.blocks(plan.shape, plan.limits))
         return f"KV cache holds {held} tokens; max_model_len is {problem.max_model_len}"
     if rule == DEVICES:
-        return f"needs {plan.devices} devices; the pool has {problem.num_devices}"
+        return f"needs {plan.devices} devices; the pool has {pool.num_devices}"
     if rule == PACKING:
-        per_node = problem.devices_per_node
+        per_node = pool.devices_per_node
         room = (
             f"a node of {per_node} devices holds {per_node // plan.shape.devices} of them"
             if plan.shape.devices <= per_node
@@ -244,17 +245,17 @@ def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
         )
         return f"{room}; the pool holds {problem.replicas_that_fit(plan.shape)}"
     if rule == NODE:
-        joined = problem.fabric.devices
+        joined = pool.fabric.devices
         wider = (
             ""
-            if joined <= problem.devices_per_node
+            if joined <= pool.devices_per_node
             else (f", and a wider replica fills whole nodes, up to {joined} devices")
         )
         shape = plan.shape
         width = f"{shape.text} takes {shape.devices}"
         if shape.devices == shape.tp:
             width = f"tp is {shape.tp}"
-        return f"{width}; a node has {problem.devices_per_node} devices{wider}"
+        return f"{width}; a node has {pool.devices_per_node} devices{wider}"
     if rule == BUDGET:
         limits = plan.limits
         return f"{limits.max_num_batched_tokens} tokens are below {limits.max_num_seqs} sequences"

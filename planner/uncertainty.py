@@ -86,7 +86,7 @@ def half_widths(problem: Problem, plan: Plan, metrics: Mapping[str, float]) -> d
         name: by[regime_of(problem, plan, metrics, name)].half_width_log
         for name, by in _errors().half_widths.items()
     }
-    if problem.compiler.is_estimated:
+    if problem.pool_of(plan.shape).compiler.is_estimated:
         own = {name: math.hypot(half, _ESTIMATED_LOG) for name, half in own.items()}
     return own
 

@@ -211,7 +211,7 @@ class _Verifier:
         name = shape.text if part == "families" else problem.plan_text(Plan(1, shape, members[0]))
         if row["class"] != name:
             raise self.document.reject(part, i, f"{name} is missing")
-        costs = [problem.compiler.compile(shape, limits) for limits in members]
+        costs = [problem.compile(shape, limits) for limits in members]
         cost = costs[0] if len(costs) == 1 else lowest_cost(costs)
         limits = widest_limits([problem.replica_limits(Plan(1, shape, each)) for each in members])
         if row["data"] != data_digest(cost, limits):
@@ -260,7 +260,7 @@ class _Verifier:
         result = self._result(entry["plan"])
         if result.trajectory_hash() != entry["trajectory"]:
             raise self._wrong(i, "runs through other states")
-        self._check_values(i, Outcome.of(result, plan.devices))
+        self._check_values(i, self.problem.outcome(plan, result))
 
     def _check_identical(self, i: int, *, simulate: bool) -> None:
         entry = self.entries[i]
@@ -308,7 +308,7 @@ class _Verifier:
         result = self._result(incumbent["plan"])
         if result.trajectory_hash() != incumbent["trajectory"]:
             raise self.document.reject("header", 0, "the incumbent runs through other states")
-        self._check_values(rank, Outcome.of(result, plan.devices))
+        self._check_values(rank, self.problem.outcome(plan, result))
         return incumbent["score"], rank
 
     def _check_counts(self, by_kind: dict[str, list[int]]) -> None:
@@ -348,7 +348,8 @@ class _Verifier:
         return self.problem.objective.needs_gaps or any(c.metric == ITL for c in constraints)
 
     def _lower(self, run: Run, plan: Plan, known: Floors) -> Outcome:
-        return lower_outcome(run, plan, known, with_gaps=self._records_gaps)
+        price = self.problem.micros_per_hour(plan)
+        return lower_outcome(run, plan, known, price, with_gaps=self._records_gaps)
 
     def _result(self, name: str) -> RunResult:
         if name not in self.results:
@@ -357,7 +358,7 @@ class _Verifier:
 
     def _runs_alike(self, run: Run, ran: Plan, plan: Plan) -> bool:
         trace = Trace(ran, run.limits, run.cost, run.usage())
-        cost = self.problem.compiler.compile(plan.shape, plan.limits)
+        cost = self.problem.compile(plan.shape, plan.limits)
         return bool(trace.same_for(plan, self.problem.replica_limits(plan), cost))
 
     def _matches(self, entry: dict[str, Any], outcome: Outcome) -> bool:

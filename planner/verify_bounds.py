@@ -322,8 +322,10 @@ class _Replica:
         return self.admit_ps
 
 
-def lower_outcome(run: Run, plan: Plan, floors: Floors, *, with_gaps: bool = False) -> Outcome:
-    """The least that ``plan`` can come to after what ``run`` has done."""
+def lower_outcome(
+    run: Run, plan: Plan, floors: Floors, micros_per_hour: int, *, with_gaps: bool = False
+) -> Outcome:
+    """The least that ``plan``, at that price, can come to after what ``run`` has done."""
     request, time_ps = run.state.request, run.state.time_ps
     prompt, output = request[:, PROMPT], request[:, OUTPUT]
     arrival_ps = time_ps[:, ARRIVAL]
@@ -353,6 +355,7 @@ def lower_outcome(run: Run, plan: Plan, floors: Floors, *, with_gaps: bool = Fal
         latencies(np.zeros_like(first_ps), first_ps, last_ps, run.workload.output_tokens),
         float(in_s(np.int64(max(int(ends_ps.max()), all_ps)) - arrival_ps[known].min())),
         plan.devices,
+        micros_per_hour,
         exact=False,
         gaps=_gaps(run, floors) if with_gaps else None,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from planner.cpsat.classes import forbidden_columns, master_classes
+from planner.cpsat.classes import forbidden_columns, master_classes, pool_sizes
 from planner.cpsat.model import MasterStatus, solve_master
 from simulator.plan import parse_plan
 
@@ -50,10 +50,10 @@ def master_disagrees(problem: Problem, text: str) -> str | None:
     if best is not None:
         # Below the incumbent there must be nothing: what reaches its value is forbidden.
         reached = [c for c, value in levels[0].items() if value >= best["score"][0]]
-        below = solve_master(classes, problem.num_devices, levels[:1], [*forbidden, *reached])
+        below = solve_master(classes, pool_sizes(problem), levels[:1], [*forbidden, *reached])
         if below.status is not MasterStatus.INFEASIBLE:
             return f"below the incumbent the master finds {below.status.value}"
-    result = solve_master(classes, problem.num_devices, [*levels, columns], forbidden)
+    result = solve_master(classes, pool_sizes(problem), [*levels, columns], forbidden)
     chosen = None if result.column is None else entries[columns[result.column]]["plan"]
     if chosen != (best["plan"] if best else None):
         return f"the master chooses {chosen}"

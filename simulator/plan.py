@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _COUNT = r"[1-9][0-9]{0,8}"
 _SHAPE = re.compile(
     rf"(?:(?P<replicas>{_COUNT})x)?tp(?P<tp>{_COUNT})"
     rf"(?:pp(?P<pp>{_COUNT}))?(?:dp(?P<dp>{_COUNT}))?(?:ep(?P<ep>{_COUNT}))?"
+    r"(?:@(?P<device>[^@:,+\s]+))?"
 )
 _KEYS = {"seqs": "max_num_seqs", "tokens": "max_num_batched_tokens"}
 
@@ -30,6 +32,10 @@ class BatchingLimits:
     max_num_batched_tokens: int
 
 
+Defaults = BatchingLimits | Mapping[str, BatchingLimits]
+"""The engine's own limits: on every device, or by `Shape.device`."""
+
+
 @dataclass(frozen=True, order=True)
 class Shape:
     """How one replica is spread over devices.
@@ -49,6 +55,8 @@ class Shape:
         Groups that the routed experts are spread over, each holding its share of them.
     layers
         Layers of each stage where they are uneven; empty where the engine deals them out.
+    device
+        Pool that the devices are of, by its device's name; empty where there is one pool.
 
     """
 
@@ -57,6 +65,7 @@ class Shape:
     dp: int = 1
     ep: int = 1
     layers: tuple[int, ...] = ()
+    device: str = ""
 
     def __post_init__(self) -> None:
         """Refuse counts below one and sizes that do not fit one another."""
@@ -91,7 +100,8 @@ class Shape:
         others = "".join(
             f"{name}{getattr(self, name)}" for name in ("pp", "dp", "ep") if getattr(self, name) > 1
         )
-        return f"tp{self.tp}{others}"
+        pool = f"@{self.device}" if self.device else ""
+        return f"tp{self.tp}{others}{pool}"
 
 
 @dataclass(frozen=True)
@@ -132,15 +142,16 @@ class Plan:
         """Whether both spread the same replicas in the same way, limits aside."""
         return (self.replicas, self.shape) == (other.replicas, other.shape)
 
-    def text(self, defaults: BatchingLimits) -> str:
+    def text(self, defaults: Defaults) -> str:
         """Canonical text: keys in fixed order, left out where the engine's default holds.
 
         Parameters
         ----------
         defaults
-            The engine's own limits on this device.
+            The engine's own limits.
 
         """
+        own = _defaults_on(self.shape.device, defaults)
         shape = f"{self.replicas}x" if self.replicas > 1 else ""
         shape += self.shape.text
         uneven = "-".join(map(str, self.shape.layers))
@@ -148,16 +159,17 @@ class Plan:
         keys += [
             f"{key}={getattr(self.limits, field)}"
             for key, field in _KEYS.items()
-            if getattr(self.limits, field) != getattr(defaults, field)
+            if getattr(self.limits, field) != getattr(own, field)
         ]
         return f"{shape}:{','.join(keys)}" if keys else shape
 
-    def tie_key(self, defaults: BatchingLimits) -> tuple[int, ...]:
+    def tie_key(self, defaults: Defaults) -> tuple[int | str, ...]:
         """Order among plans of equal value: fewer devices, then fewer non-default limits.
 
         The rest of the key only makes the order total.
         """
-        changed = sum(getattr(self.limits, f) != getattr(defaults, f) for f in _KEYS.values())
+        own = _defaults_on(self.shape.device, defaults)
+        changed = sum(getattr(self.limits, f) != getattr(own, f) for f in _KEYS.values())
         return (
             self.devices,
             changed,
@@ -168,25 +180,30 @@ class Plan:
             *(self.shape.layers or (0,) * self.shape.pp),
             self.limits.max_num_seqs,
             self.limits.max_num_batched_tokens,
+            self.shape.device,
         )
 
 
-def parse_plan(text: str, defaults: BatchingLimits) -> Plan:
-    """Read a plan from its text form ``[Rx]tpA[ppB][dpC][epD][:layers=N-N,seqs=N,tokens=N]``.
+def parse_plan(text: str, defaults: Defaults) -> Plan:
+    """Read a plan's text, ``[Rx]tpA[ppB][dpC][epD][@device][:layers=N-N,seqs=N,tokens=N]``.
 
     Raises
     ------
     ValueError
-        If the text is not of that form; the message says what is wrong.
+        If the text is not of that form, or names a pool that ``defaults`` does not have; the
+        message says what is wrong.
 
     """
     head, colon, keys = text.strip().partition(":")
     match = _SHAPE.fullmatch(head)
     if match is None:
         raise ValueError(
-            f"{head!r} is not of the form [Rx]tpA[ppB][dpC][epD], for example 'tp8' or '2xtp4pp2'"
+            f"{head!r} is not of the form [Rx]tpA[ppB][dpC][epD][@device], "
+            "for example 'tp8' or '2xtp4pp2'"
         )
-    values = {field: getattr(defaults, field) for field in _KEYS.values()}
+    device = match["device"] or ""
+    own = _defaults_on(device, defaults)
+    values = {field: getattr(own, field) for field in _KEYS.values()}
     layers: tuple[int, ...] = ()
     seen: set[str] = set()
     for item in keys.split(",") if colon else ():
@@ -204,6 +221,19 @@ def parse_plan(text: str, defaults: BatchingLimits) -> Plan:
         else:
             values[_KEYS[key]] = int(value)
     sizes = {name: int(match[name] or 1) for name in ("tp", "pp", "dp", "ep")}
-    return Plan(
-        int(match["replicas"] or 1), Shape(**sizes, layers=layers), BatchingLimits(**values)
-    )
+    shape = Shape(**sizes, layers=layers, device=device)
+    return Plan(int(match["replicas"] or 1), shape, BatchingLimits(**values))
+
+
+def _defaults_on(device: str, defaults: Defaults) -> BatchingLimits:
+    """The engine's own limits on the pool of ``device``."""
+    if isinstance(defaults, BatchingLimits):
+        return defaults
+    if device in defaults:
+        return defaults[device]
+    if "" in defaults:
+        raise ValueError(f"the scenario has one pool of devices: leave '@{device}' out")
+    pools = ", ".join(f"@{name}" for name in defaults)
+    if not device:
+        raise ValueError(f"it must end in the pool that it runs on: one of {pools}")
+    raise ValueError(f"@{device} is no pool of the scenario: one of {pools}")

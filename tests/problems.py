@@ -63,6 +63,24 @@ def pool(devices: int, nodes: int = 1, device: str = "H100-SXM-80GB") -> dict[st
     return {"pools": [{"device": device, "nodes": nodes, "devices_per_node": devices}]}
 
 
+def pools(seed: int) -> dict[str, Any]:
+    """A cluster section: two or three pools of one to four devices each, with prices."""
+    rng = np.random.default_rng([seed, 1])
+    kinds = ("A100-SXM4-80GB", "H100-SXM-80GB", "H200-SXM-141GB", "L40S")
+    devices = rng.choice(kinds, int(rng.integers(2, 4)), replace=False)
+    return {
+        "pools": [
+            {
+                "device": str(device),
+                "nodes": int(rng.integers(1, 3)),
+                "devices_per_node": int(rng.integers(1, 3)),
+                "price_per_hour": float(rng.choice([1.0, 1.9, 3.9])),
+            }
+            for device in devices
+        ]
+    }
+
+
 def engine(**settings: Any) -> dict[str, Any]:
     """An engine section with settings of its own."""
     return {"name": "vllm", "version": "0.24.0", **settings}

@@ -36,6 +36,11 @@ def master_classes(problem: Problem) -> list[ReplicaClass]:
     return classes
 
 
+def pool_sizes(problem: Problem) -> dict[str, int]:
+    """Devices of each pool, by `Shape.device`."""
+    return {name: pool.num_devices for name, pool in problem.pools.items()}
+
+
 def forbidden_columns(problem: Problem, classes: Sequence[ReplicaClass]) -> list[tuple[int, int]]:
     """Class and count of every plan that the scenario leaves out by its text."""
     if not problem.space.forbid:

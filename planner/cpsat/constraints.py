@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from ortools.sat.python import cp_model
 
@@ -31,12 +31,16 @@ class Constraints:
         """A deployment is made of exactly one class in this version."""
         self.model.add_exactly_one(self.variables.used)
 
-    def device_count(self, num_devices: int) -> None:
-        """Replicas may not take more devices than the pool has."""
-        taken = [
-            c.shape.devices * n for c, n in zip(self.classes, self.variables.count, strict=True)
-        ]
-        self.model.add(sum(taken) <= num_devices)
+    def device_count(self, num_devices: Mapping[str, int]) -> None:
+        """Replicas may not take more devices than their pool has."""
+        for device, most in num_devices.items():
+            taken = [
+                c.shape.devices * n
+                for c, n in zip(self.classes, self.variables.count, strict=True)
+                if c.shape.device == device
+            ]
+            if taken:
+                self.model.add(sum(taken) <= most)
 
     def node_packing(self) -> None:
         """No replica spans two nodes, so the remainder of each node stays idle."""

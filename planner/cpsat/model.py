@@ -45,7 +45,7 @@ class MasterResult:
 
 def solve_master(
     classes: Sequence[ReplicaClass],
-    num_devices: int,
+    num_devices: Mapping[str, int],
     levels: Sequence[Mapping[Column, int]],
     forbidden: Collection[Column] = (),
 ) -> MasterResult:
@@ -56,7 +56,7 @@ def solve_master(
     classes
         Ways to build a replica.
     num_devices
-        Devices in the pool.
+        Devices of each pool, by `Shape.device`.
     levels
         Value of every column, most important level first.
     forbidden

@@ -91,7 +91,7 @@ def server_of(problem: Problem, plan: Plan) -> Server:
     else:
         program, flags = ("vllm", "serve", model), _vllm(problem, plan)
     layers, variable = plan.shape.layers, _UNEVEN_STAGES.get(name)
-    nodes = -(-plan.shape.devices // problem.devices_per_node)
+    nodes = -(-plan.shape.devices // problem.pool_of(plan.shape).devices_per_node)
     return Server(
         engine=name,
         version=problem.engine.version,
@@ -108,13 +108,13 @@ def server_of(problem: Problem, plan: Plan) -> Server:
 def devices_of(problem: Problem, plan: Plan, replica: int) -> list[str]:
     """Indices of the devices of a replica that shares its node with others."""
     width = plan.shape.devices
-    first = (replica % (problem.devices_per_node // width)) * width
+    first = (replica % (problem.pool_of(plan.shape).devices_per_node // width)) * width
     return [str(first + i) for i in range(width)]
 
 
 def _vllm(problem: Problem, plan: Plan) -> Flags:
     """Flags of ``vllm serve`` (engine/arg_utils.py)."""
-    rules, memory = problem.rules, problem.memory_rules
+    rules, memory = problem.rules, problem.pool_of(plan.shape).memory_rules
     default = problem.engine.rules(problem.max_model_len)
     shape = plan.shape
     flags: Flags = [("--tensor-parallel-size", str(shape.tp))]
@@ -143,7 +143,7 @@ def _vllm(problem: Problem, plan: Plan) -> Flags:
         flags.append((_switch("enable-prefix-caching", on=problem.uses_prefix_cache),))
     if rules.late_results != default.late_results:
         flags.append((_switch("async-scheduling", on=rules.late_results),))
-    if shape.devices > problem.devices_per_node:  # Ray starts what runs on other nodes
+    if shape.devices > problem.pool_of(shape).devices_per_node:  # Ray starts the other nodes
         flags.append(
             ("--data-parallel-backend", "ray")
             if shape.dp > 1
@@ -154,7 +154,7 @@ def _vllm(problem: Problem, plan: Plan) -> Flags:
 
 def _sglang(problem: Problem, plan: Plan) -> Flags:
     """Flags of ``sglang.launch_server`` (server_args.py)."""
-    rules, memory = problem.rules, problem.memory_rules
+    rules, memory = problem.rules, problem.pool_of(plan.shape).memory_rules
     default = problem.engine.rules(problem.max_model_len)
     chunk = plan.limits.max_num_batched_tokens if rules.chunked else CHUNKING_OFF
     shape = plan.shape
@@ -212,7 +212,7 @@ def _trtllm(problem: Problem, plan: Plan) -> Flags:
 
 def _trtllm_options(problem: Problem, plan: Plan) -> dict[str, object]:
     """Options of ``trtllm-serve`` that have no flag (llmapi/llm_args.py)."""
-    rules, memory = problem.rules, problem.memory_rules
+    rules, memory = problem.rules, problem.pool_of(plan.shape).memory_rules
     default = problem.engine.rules(problem.max_model_len)
     cache: dict[str, object] = {}
     if memory.block_tokens != problem.engine.block_tokens:
@@ -262,6 +262,6 @@ def _switch(name: str, *, on: bool) -> str:
 
 def _fraction(problem: Problem, plan: Plan) -> str:
     """The memory fraction under the plan's limits, also where the engine would derive it."""
-    rules, shape = problem.memory_rules, plan.shape
-    where = problem.model, problem.device, shape.tp, plan.limits
+    rules, shape = problem.pool_of(plan.shape).memory_rules, plan.shape
+    where = problem.model, problem.pool_of(shape).device, shape.tp, plan.limits
     return str(rules.fraction(*where, groups=shape.dp))

@@ -78,10 +78,10 @@ def as_yaml(document: Document) -> str:
 def _compose(problem: Problem, plan: Plan, server: Server, image: str | None) -> Document:
     """Docker Compose on one machine: a service a replica, each with its devices."""
     width = plan.shape.devices
-    if plan.devices > problem.devices_per_node:
+    if plan.devices > problem.pool_of(plan.shape).devices_per_node:
         raise RefusalError(
             f"plan {problem.plan_text(plan)}: takes {plan.devices} devices; Compose starts one "
-            f"machine, which has {problem.devices_per_node}: use lws"
+            f"machine, which has {problem.pool_of(plan.shape).devices_per_node}: use lws"
         )
     services = {}
     for replica in range(plan.replicas):

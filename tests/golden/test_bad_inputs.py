@@ -140,9 +140,13 @@ SCENARIO_CASES = [
     ),
     (
         "price_per_hour: 3.9}]",
-        "price_per_hour: 3.9}, {device: L4, nodes: 1, devices_per_node: 1}]",
-        ": cluster.pools: lists 2 pools; this version plans over exactly one: write one scenario"
-        " per pool",
+        "price_per_hour: 3.9}" + ", {device: L4, nodes: 1, devices_per_node: 1}" * 4 + "]",
+        ": cluster.pools: lists 5 pools; at most 4 can be planned over",
+    ),
+    (
+        "price_per_hour: 3.9}]",
+        "price_per_hour: 3.9}, {device: H100-SXM-80GB, nodes: 1, devices_per_node: 1}]",
+        ": cluster.pools: lists two pools of H100-SXM-80GB: put all devices of a kind into one",
     ),
     (
         "request_rate: 4.0",

@@ -90,7 +90,7 @@ def test_operators_add_up_to_the_kernel_time() -> None:
     problem = resolve(scenario())
     plan = parse_plan("tp2:seqs=8,tokens=512", problem.default_limits)
     result = simulate_requests(scenario(), "tp2:seqs=8,tokens=512").result
-    labelled = problem.compiler.time_by_label(plan.shape, load_of(problem, result))
+    labelled = problem.pool.compiler.time_by_label(plan.shape, load_of(problem, result))
     total_ms = sum(operator_times_ms(problem, plan, result).values()) * result.iterations
     assert total_ms == pytest.approx(1000 * sum(labelled.values()))
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 import planner.resolve
+import planner.sites
 from planner.check import Difference, compare_locks
 from planner.lock import Answer, Lock
 from tests.command import one_line_error, write
@@ -119,7 +120,7 @@ def test_changed_scenario(
 
 def test_changed_table(cli: Cli, locked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of other bytes is a difference although every metric holds."""
-    monkeypatch.setattr(planner.resolve, "kernel_table_digest", lambda *_: "0" * 64)
+    monkeypatch.setattr(planner.sites, "kernel_table_digest", lambda *_: "0" * 64)
     (cause,) = causes(cli, locked)
     assert cause.startswith("kernel table changed: table.sha256: ")
     assert cause.endswith(" -> 000000000000")
@@ -131,14 +132,14 @@ def test_changed_table(cli: Cli, locked: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_changed_calibration(cli: Cli, locked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Constants of the engine's profile that a new fit moves."""
-    load = planner.resolve.load_engine
+    load = planner.sites.load_engine
 
     def refitted(*args: Any, **named: Any) -> Any:
         profile = load(*args, **named)
         host = dataclasses.replace(profile.host, iteration_s=0.002)
         return dataclasses.replace(profile, host=host)
 
-    monkeypatch.setattr(planner.resolve, "load_engine", refitted)
+    monkeypatch.setattr(planner.sites, "load_engine", refitted)
     assert causes(cli, locked) == [
         "calibration changed: calibration.host.iteration_s: 0.00053 -> 0.002 (+277.4 %)"
     ]
@@ -156,7 +157,7 @@ def test_another_planner_version(cli: Cli, locked: str, monkeypatch: pytest.Monk
 
 def test_facts_of_the_planner(cli: Cli, locked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device whose facts move is a note while the answer holds, else the cause."""
-    load = planner.resolve.load_device
+    load = planner.sites.load_device
 
     def change(field: str, factor: float) -> None:
         def changed(name: str) -> Any:
@@ -165,7 +166,7 @@ def test_facts_of_the_planner(cli: Cli, locked: str, monkeypatch: pytest.MonkeyP
                 device, **{field: type(getattr(device, field))(factor * getattr(device, field))}
             )
 
-        monkeypatch.setattr(planner.resolve, "load_device", changed)
+        monkeypatch.setattr(planner.sites, "load_device", changed)
 
     change("tdp_w", 1.5)
     code, out, _ = cli("check", locked)

@@ -31,7 +31,7 @@ def test_init_writes_what_can_be_planned(cli: Cli, tmp_path: Path) -> None:
     problem = resolve(Scenario.load(file))
     assert [c.name for c in problem.constraints] == ["slo.ttft_ms.p99", "slo.tpot_ms.p99"]
     assert problem.workload.num_requests == 2000
-    assert problem.num_devices == 8
+    assert problem.pool.num_devices == 8
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -56,7 +56,7 @@ class Simulated:
 
     def rank(self, objective: str, problem: Problem) -> tuple[int, ...]:
         """Value, secondary value, devices, changed defaults, then the plan's own order."""
-        plan, defaults = self.plan, problem.default_limits
+        plan, defaults = self.plan, problem.pool.default_limits
         devices = plan.replicas * plan.shape.tp * plan.shape.pp
         if objective == "devices":
             value = (devices, self.nanoseconds("mean", "e2e"))
@@ -86,16 +86,16 @@ def simulate_all(problem: Problem) -> list[Simulated]:
         (layer,) = model.layer_counts
         divides = layer.mixer.num_heads % tp == 0 and layer.ffn.intermediate_size % tp == 0
         kv_heads = layer.mixer.num_kv_heads % tp == 0 or tp % layer.mixer.num_kv_heads == 0
-        known = tp in MEASURED_WIDTHS and tp * pp <= problem.devices_per_node
+        known = tp in MEASURED_WIDTHS and tp * pp <= problem.pool.devices_per_node
         if not (divides and kv_heads and known and pp <= model.num_layers):
             continue
         for seqs in grid.max_num_seqs:
             for tokens in grid.max_num_batched_tokens:
                 limits = BatchingLimits(seqs, tokens)
-                held_tokens = problem.blocks(shape, limits) * problem.memory_rules.block_tokens
+                held_tokens = problem.blocks(shape, limits) * problem.pool.memory_rules.block_tokens
                 if tokens < seqs or held_tokens < problem.max_model_len:
                     continue
-                counts = [n for n in grid.replicas if n * tp * pp <= problem.num_devices]
+                counts = [n for n in grid.replicas if n * tp * pp <= problem.pool.num_devices]
                 found.extend(simulate_one(problem, Plan(n, shape, limits)) for n in counts)
     return found
 

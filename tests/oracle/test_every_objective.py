@@ -1,4 +1,4 @@
-"""Every objective, alone and in lists, against plain simulation of every plan.
+"""Every objective, alone and in lists, on one to three pools, against simulation of every plan.
 
 ``SERVEPLAN_ORACLE=300`` (or 5000, for a night) sets how many random scenarios are looked at.
 """
@@ -19,7 +19,7 @@ from planner.resolve import resolve
 from planner.scenario import Scenario
 from planner.search import Search
 from planner.space import enumerate_space
-from tests.problems import mapping, random_sections
+from tests.problems import engine, mapping, pools, random_sections
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,7 +58,9 @@ def ticks(name: str, problem: Problem, plan: Plan, run: RunResult, limit_s: floa
     outputs = problem.workload.output_tokens
     span_ns = round(float(run.finish_s.max() - run.arrival_s.min()) * NS)
     late = run.first_token_s - run.arrival_s > limit_s
-    micros = round(PRICE * 1_000_000) * devices
+    price = problem.pools[plan.shape.device].price_per_hour
+    assert price is not None
+    micros = round(price * 1_000_000) * devices
     good = int((~late).sum())
     plain = {
         "makespan": span_ns,
@@ -89,13 +91,13 @@ def ticks(name: str, problem: Problem, plan: Plan, run: RunResult, limit_s: floa
     return round(float(value) * NS)
 
 
-def order(problem: Problem, plan: Plan) -> tuple[int, ...]:
+def order(problem: Problem, plan: Plan) -> tuple[int | str, ...]:
     """Place among plans of equal score."""
-    own, defaults = plan.limits, problem.default_limits
+    own, defaults = plan.limits, problem.pools[plan.shape.device].default_limits
     seqs, tokens = own.max_num_seqs, own.max_num_batched_tokens
     changed = (seqs != defaults.max_num_seqs) + (tokens != defaults.max_num_batched_tokens)
     devices = plan.replicas * plan.shape.tp * plan.shape.pp
-    return devices, changed, plan.shape.pp, plan.replicas, seqs, tokens
+    return devices, changed, plan.shape.pp, plan.replicas, seqs, tokens, plan.shape.device
 
 
 @pytest.mark.parametrize("seed", range(500, 500 + SCENARIOS))
@@ -106,6 +108,10 @@ def test_search_equals_simulation_of_every_plan(
     monkeypatch.setattr(planner.search, "_CHECK_EVERY", FINE_CHECKS)
     rng = np.random.default_rng(seed)
     sections = random_sections(seed, tmp_path)
+    if seed % 2:
+        sections |= {"cluster": pools(seed), "engine": engine()}
+    else:
+        sections["cluster"]["pools"][0]["price_per_hour"] = PRICE
     problem = resolve(Scenario.model_validate(mapping(**sections), base_dir=tmp_path))
     plans = enumerate_space(problem).plans
     if not plans:
@@ -122,7 +128,6 @@ def test_search_equals_simulation_of_every_plan(
         names[0],
         int(problem.workload.output_tokens.sum()),
         tuple(names[1:]),
-        PRICE,
         {"ttft": limit_s},
         problem.workload.num_requests,
     )

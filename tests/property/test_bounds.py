@@ -228,7 +228,7 @@ def test_compiled_costs_keep_their_promises(tp: int, tmp_path: Path) -> None:
     """Compiled arrays never fall, and prompt tokens never cost less than decode tokens."""
     problem = resolve(Scenario.model_validate(mapping(**random_sections(0, tmp_path))))
     for seqs, tokens in ((2, 8), (8, 512), (1024, 8192)):
-        cost = problem.compiler.compile(Shape(tp), BatchingLimits(seqs, tokens))
+        cost = problem.compile(Shape(tp), BatchingLimits(seqs, tokens))
         for array in (cost.decode_ps, cost.mixed_ps, cost.sampled_ps, cost.prefill_ps):
             assert np.all(np.diff(array) >= 0)
         assert np.all(np.diff(cost.attention_ps, axis=1) >= 0)

@@ -115,7 +115,7 @@ def test_limits_and_reserve_of_a_group_in_sglang() -> None:
     rules, groups = problem.rules_of(Shape(8)), problem.rules_of(GROUPS)
     assert groups.new_token_ratio == pytest.approx(0.3 * rules.new_token_ratio)
     assert groups.ratio_decay == pytest.approx(0.3 * rules.ratio_decay)
-    assert problem.compiler.compile(GROUPS, plan.limits).max_tokens == 512
+    assert problem.compile(GROUPS, plan.limits).max_tokens == 512
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_balance_of_trtllm_is_launched_as_it_is_simulated() -> None:
     engine = {"name": "trtllm", "version": "1.2.0rc6.post2"}
     problem = served(GQA, {**engine, "attention_dp_config": config})
     plan = Plan(1, GROUPS, LIMITS)
-    joined = problem.compiler.compile_lockstep(GROUPS, LIMITS)
+    joined = problem.pool.compiler.compile_lockstep(GROUPS, LIMITS)
     assert joined is not None
     assert (joined.hold_iterations, joined.gather_iterations) == (60, 3)
     options = server_of(problem, plan).options
@@ -177,8 +177,8 @@ def test_operators_of_groups_are_those_of_their_iterations() -> None:
 def test_least_cost_is_below_what_groups_come_to(latent: Problem) -> None:
     """Of random iterations of DeepSeek-V3's groups none is faster than a group's least cost."""
     rng = np.random.default_rng(0)
-    cost = latent.compiler.compile(GROUPS, LIMITS)
-    joined = latent.compiler.compile_lockstep(GROUPS, LIMITS)
+    cost = latent.compile(GROUPS, LIMITS)
+    joined = latent.pool.compiler.compile_lockstep(GROUPS, LIMITS)
     assert joined is not None
     for _ in range(300):
         batches = np.zeros((8, BATCH_COLUMNS), np.int64)

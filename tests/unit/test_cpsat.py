@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 
 
 def replica_class(
-    tp: int, counts: tuple[int, ...] = (1, 2), need: int = 10, capacity: int = 10
+    tp: int,
+    counts: tuple[int, ...] = (1, 2),
+    need: int = 10,
+    capacity: int = 10,
+    device: str = "",
 ) -> ReplicaClass:
     """A class whose batching limits, which no rule looks at, are arbitrary."""
-    return ReplicaClass(Shape(tp), BatchingLimits(8, 512), counts, need, capacity)
+    return ReplicaClass(Shape(tp, device=device), BatchingLimits(8, 512), counts, need, capacity)
 
 
 class OneRule:
@@ -79,7 +83,7 @@ def test_one_class(wanted: list[int], feasible: bool) -> None:
 def test_device_count(num_devices: int, feasible: bool) -> None:
     """Two replicas of width 4 take eight devices: eight are enough, seven are not."""
     one = OneRule([replica_class(4)])
-    one.rules.device_count(num_devices)
+    one.rules.device_count({"": num_devices})
     one.use((0, 2))
     assert one.is_feasible() == feasible
 
@@ -88,10 +92,20 @@ def test_device_count_adds_up_over_classes() -> None:
     """2 x 1 and 1 x 4 devices are six: five are too few though each class alone fits."""
     for num_devices, feasible in ((6, True), (5, False)):
         one = OneRule([replica_class(1), replica_class(4)])
-        one.rules.device_count(num_devices)
+        one.rules.device_count({"": num_devices})
         one.use((0, 2))
         one.use((1, 1))
         assert one.is_feasible() == feasible
+
+
+@pytest.mark.parametrize(("l40s", "feasible"), [(2, True), (1, False)])
+def test_device_count_of_each_pool(l40s: int, feasible: bool) -> None:
+    """Devices that another pool has to spare do not help."""
+    one = OneRule([replica_class(1, device="L40S"), replica_class(4, device="H100-SXM-80GB")])
+    one.rules.device_count({"H100-SXM-80GB": 4, "L40S": l40s})
+    one.use((0, 2))
+    one.use((1, 1))
+    assert one.is_feasible() == feasible
 
 
 @pytest.mark.parametrize(("most", "feasible"), [(None, True), (2, True), (1, False)])
@@ -151,7 +165,7 @@ def test_later_levels_decide_ties() -> None:
         {(0, 1): 0, (0, 2): 8, (0, 3): 7, (0, 4): 7},
         {(0, 1): 0, (0, 2): 0, (0, 3): 2, (0, 4): 1},
     ]
-    chosen = [solve_master(classes, 8, levels[:depth]).column for depth in (1, 2, 3)]
+    chosen = [solve_master(classes, {"": 8}, levels[:depth]).column for depth in (1, 2, 3)]
     assert chosen[0] in {(0, 2), (0, 3), (0, 4)}
     assert chosen[1] in {(0, 3), (0, 4)}
     assert chosen[2] == (0, 4)
@@ -159,10 +173,10 @@ def test_later_levels_decide_ties() -> None:
 
 def test_no_class_and_no_column_are_infeasible() -> None:
     """Without a class, or with every column forbidden, there is no deployment."""
-    assert solve_master([], 8, [{}]).status is MasterStatus.INFEASIBLE
+    assert solve_master([], {"": 8}, [{}]).status is MasterStatus.INFEASIBLE
     classes = [replica_class(1)]
     values = {(0, 1): 0, (0, 2): 0}
-    result = solve_master(classes, 8, [values], forbidden=list(values))
+    result = solve_master(classes, {"": 8}, [values], forbidden=list(values))
     assert (result.status, result.column) == (MasterStatus.INFEASIBLE, None)
 
 
@@ -204,8 +218,8 @@ def test_master_equals_a_plain_argmin(seed: int) -> None:
     forbidden = [column for column in columns if rng.random() < 0.3]
     num_devices = int(rng.integers(1, 17))
 
-    first = solve_master(classes, num_devices, levels, forbidden)
-    again = solve_master(classes, num_devices, levels, forbidden[::-1])
+    first = solve_master(classes, {"": num_devices}, levels, forbidden)
+    again = solve_master(classes, {"": num_devices}, levels, forbidden[::-1])
 
     expected = argmin(classes, num_devices, levels, forbidden)
     assert first == again

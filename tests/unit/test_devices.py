@@ -244,7 +244,7 @@ def test_fp8_weights_are_refused_without_fp8_tensor_cores() -> None:
     with pytest.raises(InputError, match=r"weight_dtype: 'fp8' needs fp8 tensor cores") as caught:
         resolve(problems.scenario(cluster=pool(NO_FP8), model=model | {"weight_dtype": "fp8"}))
     assert "\n" not in str(caught.value)
-    assert resolve(problems.scenario(cluster=pool(NO_FP8), model=model)).device.fp8_flops == 0
+    assert resolve(problems.scenario(cluster=pool(NO_FP8), model=model)).pool.device.fp8_flops == 0
     assert resolve(
         problems.scenario(cluster=pool("H200-SXM-141GB"), model=model | {"weight_dtype": "fp8"})
     )
@@ -252,10 +252,10 @@ def test_fp8_weights_are_refused_without_fp8_tensor_cores() -> None:
 
 def test_a_device_without_a_price_takes_the_scenarios() -> None:
     """No price is no cost, and a scenario's own price counts."""
-    assert resolve(problems.scenario(cluster=pool("B300-SXM"))).price_per_hour is None
+    assert resolve(problems.scenario(cluster=pool("B300-SXM"))).pool.price_per_hour is None
     priced = pool("B300-SXM")
     priced["pools"][0]["price_per_hour"] = 9.0
-    assert resolve(problems.scenario(cluster=priced)).price_per_hour == 9.0
+    assert resolve(problems.scenario(cluster=priced)).pool.price_per_hour == 9.0
 
 
 @pytest.mark.parametrize(

@@ -172,15 +172,16 @@ def test_defaults_of_a_scenario(engine: str, policy: int, limits: tuple[int, int
     """Rules, limits, warnings and memory of the version reach the problem."""
     got = problem(section(engine))
     assert got.rules.policy == policy
-    assert got.default_limits == BatchingLimits(*limits)
+    assert got.pool.default_limits == BatchingLimits(*limits)
     assert got.space.max_num_batched_tokens == (64, 512)
     assert any("transferred from vllm 0.10.2" in warning for warning in got.warnings)
     assert got.provenance["kernel_table"]["engine"] == engine
     assert (
-        got.memory_rules.accounting == {"sglang": "static_share", "trtllm": "share_of_free"}[engine]
+        got.pool.memory_rules.accounting
+        == {"sglang": "static_share", "trtllm": "share_of_free"}[engine]
     )
     # Llama-3.1-8B in bf16 leaves an H100 room for 350,000 to 450,000 tokens.
-    tokens = got.blocks(Shape(1), got.default_limits) * got.memory_rules.block_tokens
+    tokens = got.blocks(Shape(1), got.pool.default_limits) * got.pool.memory_rules.block_tokens
     assert 350_000 < tokens < 450_000
 
 
@@ -191,9 +192,9 @@ def test_pinned_limits_are_the_space(engine: str) -> None:
     pinned = {names["max_num_seqs"]: 32, names["max_num_batched_tokens"]: 2048}
     got = problem(section(engine, num_gpu_blocks=77, **pinned), search=None)
     assert (got.space.max_num_seqs, got.space.max_num_batched_tokens) == ((32,), (2048,))
-    assert got.default_limits == BatchingLimits(32, 2048)
+    assert got.pool.default_limits == BatchingLimits(32, 2048)
     assert got.plan_text(Plan(1, Shape(1), BatchingLimits(32, 2048))) == "tp1"
-    assert got.blocks(Shape(1), got.default_limits) == 77
+    assert got.blocks(Shape(1), got.pool.default_limits) == 77
 
 
 def test_whole_prompts_need_a_budget_for_the_context() -> None:
@@ -212,4 +213,4 @@ def test_whole_prompts_need_a_budget_for_the_context() -> None:
     v0 = {"name": "vllm", "version": "0.6.0"}
     got = problem(v0, model=model, search=space)
     assert got.space.max_num_batched_tokens == (4096, 8192, 32_768)
-    assert (got.rules.policy, got.default_limits) == (VLLM_V0, BatchingLimits(256, 4096))
+    assert (got.rules.policy, got.pool.default_limits) == (VLLM_V0, BatchingLimits(256, 4096))

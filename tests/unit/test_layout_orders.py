@@ -177,8 +177,8 @@ def test_finer_experts_favour_dealing_out(kernels: Kernels, tokens: int, skew: f
 
 def decode_ms(problem: Problem, shape: Shape, batch: int, context: int) -> float:
     """One iteration that decodes ``batch`` sequences of ``context`` tokens on one replica."""
-    cost = problem.compiler.compile(shape, LIMITS)
-    joined = problem.compiler.compile_lockstep(shape, LIMITS)
+    cost = problem.compile(shape, LIMITS)
+    joined = problem.pool.compiler.compile_lockstep(shape, LIMITS)
     if joined is None:
         time_ps = iteration_ps(cost, 0, batch, batch, batch * context, 0, batch, False)
     else:

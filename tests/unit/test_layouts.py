@@ -205,11 +205,11 @@ def test_search_counts_what_it_cannot_launch_or_simulate() -> None:
 def test_attention_groups_need_times_of_what_they_exchange() -> None:
     """A table without gathers and scatters runs one group only."""
     problem = mixture(tp=[1], dp=[1, 2], pp=[1], ep=[1], replicas=[1])
-    kernels = problem.compiler._kernels
+    kernels = problem.pool.compiler._kernels
     table = replace(kernels.table, nccl={k: v for k, v in kernels.table.nccl.items() if k[1] > 8})
     compiler = CostCompiler(
         problem.model,
-        problem.device,
+        problem.pool.device,
         table,
         kernels.host,
         kernels.graphs,
@@ -218,7 +218,8 @@ def test_attention_groups_need_times_of_what_they_exchange() -> None:
         max_seqs=8,
         max_context=64,
     )
-    space = enumerate_space(replace(problem, compiler=compiler))
+    pools = {"": replace(problem.pool, compiler=compiler)}
+    space = enumerate_space(replace(problem, pools=pools))
     assert [plan.shape.text for plan in space.plans] == ["tp1"]
     assert space.excluded == {COLLECTIVES: 1}
 

@@ -25,7 +25,7 @@ def shapes(draw: st.DrawFn) -> Shape:
     tp, pp, dp = draw(sizes), draw(st.integers(1, 4)), draw(sizes)
     ep = draw(st.sampled_from([n for n in range(1, tp * dp + 1) if tp * dp % n == 0]))
     layers = draw(st.just(()) | st.tuples(*[sizes] * pp))
-    return Shape(tp, pp, dp, ep, layers)
+    return Shape(tp, pp, dp, ep, layers, draw(st.sampled_from(["", "L40S", "H100-SXM-80GB"])))
 
 
 plans = st.builds(Plan, replicas=counts, shape=shapes(), limits=some_limits)
@@ -57,6 +57,7 @@ def test_different_plans_have_different_texts_and_tie_keys(one: Plan, other: Pla
         (Plan(1, Shape(1), BatchingLimits(1024, 2048)), "tp1:tokens=2048"),
         (Plan(8, Shape(1), BatchingLimits(64, 512)), "8xtp1:seqs=64,tokens=512"),
         (Plan(2, Shape(4, pp=2), DEFAULTS), "2xtp4pp2"),
+        (Plan(3, Shape(2, device="L40S"), BatchingLimits(8, 8192)), "3xtp2@L40S:seqs=8"),
         (Plan(1, Shape(1, dp=8, ep=8), DEFAULTS), "tp1dp8ep8"),
         (Plan(1, Shape(8, ep=8), DEFAULTS), "tp8ep8"),
         (

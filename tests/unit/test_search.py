@@ -12,7 +12,6 @@ import planner.search
 from planner.api import solve
 from planner.candidates import Fate
 from planner.errors import LimitError
-from planner.objective import Outcome
 from planner.resolve import resolve
 from planner.search import Search
 from tests.problems import OBJECTIVES, goal, pool, scenario
@@ -159,7 +158,7 @@ def test_every_bound_is_below_the_value(objective: str) -> None:
     problem = resolve(busy(objective))
     found = Search(problem, problem.objective).run()
     for candidate in found.candidates:
-        outcome = Outcome.of(problem.start(candidate.plan).finish(), candidate.plan.devices)
+        outcome = problem.outcome(candidate.plan, problem.start(candidate.plan).finish())
         value = problem.objective.score(outcome)
         assert candidate.score == value if candidate.exact else candidate.score <= value
         assert candidate.fate is not Fate.OPEN

@@ -21,6 +21,8 @@ MODULES = (
     "planner.floors",
     "planner.objective",
     "planner.plan_floors",
+    "planner.device_pool",
+    "planner.problem",
     "planner.search",
     "planner.support",
     "planner.verify",
