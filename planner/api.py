@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from planner.alternatives import alternatives_of, close_runner_up
 from planner.candidates import Candidate, Fate
 from planner.certificate import certificate, to_text
 from planner.errors import InfeasibleError, InputError, LimitError, RefusalError
 from planner.infeasible import explain_empty_space, explain_slo
-from planner.layouts import is_theoretical
-from planner.objective import needs_gaps
 from planner.provenance import operator_labels, provenance_of, warnings_of
 from planner.report import (
-    Alternative,
     ObjectiveSummary,
     PlanReport,
     PlanSummary,
@@ -24,7 +22,7 @@ from planner.report import (
 from planner.resolve import resolve
 from planner.search import Search
 from planner.space import KV_CACHE, WEIGHTS, broken_rule, explain_rule
-from planner.uncertainty import TooClose, metrics_interval, too_close
+from planner.uncertainty import metrics_interval
 from simulator.plan import parse_plan
 
 if TYPE_CHECKING:
@@ -33,12 +31,9 @@ if TYPE_CHECKING:
     from planner.problem import Problem
     from planner.scenario import Scenario
     from planner.search_result import Progress, SearchResult
-    from simulator.plan import Plan, Shape
+    from simulator.plan import Plan
     from simulator.run import RunResult
     from simulator.workload import Workload
-
-_MAX_ALTERNATIVES: Final = 6
-"""Runners-up in a report."""
 
 
 def solve(
@@ -225,8 +220,8 @@ def report_of(
     bound = None if found.bound is None else objective.value(found.bound)
     if metrics is None:
         metrics = run_metrics(problem, plan, result)
-    alternatives = _alternatives(problem, found, best, only_simulated=only_simulated)
-    close = _close_runner_up(problem, (plan, value), alternatives, metrics)
+    alternatives = alternatives_of(problem, found, best, only_simulated=only_simulated)
+    close = close_runner_up(problem, (plan, value), alternatives, metrics)
     return PlanReport(
         status="optimal" if found.proved else "feasible",
         plan=PlanSummary.of(problem, plan),
@@ -249,75 +244,10 @@ def report_of(
     )
 
 
-def _close_runner_up(
-    problem: Problem,
-    best: tuple[Plan, float],
-    alternatives: tuple[Alternative, ...],
-    metrics: dict[str, float],
-) -> TooClose | None:
-    """The best plan of another shape that meets every constraint, where it is inside the noise."""
-    for other in alternatives:
-        if not other.breaks:
-            runner_up = parse_plan(other.id, problem.default_limits)
-            if not runner_up.same_devices(best[0]):
-                return too_close(problem, best, (runner_up, other.value), metrics)
-    return None
-
-
 def _gap(value: float, bound: float | None) -> float | None:
     if bound is None:
         return None
     return abs(value - bound) / value if value else 0.0
-
-
-def _alternatives(
-    problem: Problem, found: SearchResult, best: Candidate, *, only_simulated: bool = False
-) -> tuple[Alternative, ...]:
-    """The most promising plan of every other shape, and the chosen shape with engine defaults.
-
-    Where the defaults are not in the space, or are what was chosen, the next best limits of the
-    chosen shape stand in.
-    A shape's plan is the first in the order of what is known of it; where that is only a bound,
-    it is simulated now, so that every value shown is one. A search that a limit stopped lists
-    only what it had simulated.
-    """
-    objective = problem.objective
-    chosen_value = objective.value(best.score[0])
-    shapes: dict[tuple[int, Shape], Candidate] = {}
-    with_gaps = needs_gaps(objective, problem.constraints)
-    may_simulate = found.stopped_by is None and not only_simulated
-
-    def order(candidate: Candidate) -> tuple[bool, bool, object]:
-        default = candidate.plan.limits == problem.pool_of(candidate.plan.shape).default_limits
-        chosen_shape = candidate.plan.same_devices(best.plan)
-        return not (default and chosen_shape), bool(candidate.broken), candidate.key
-
-    for candidate in sorted(found.candidates, key=order):
-        same_as_best = candidate.twin == best.plan or candidate.plan == best.plan
-        if not same_as_best and (candidate.exact or may_simulate):
-            shapes.setdefault((candidate.plan.replicas, candidate.plan.shape), candidate)
-    rows = []
-    for candidate in shapes.values():
-        score, broken = candidate.score, candidate.broken
-        if not candidate.exact:
-            result = problem.start(candidate.plan, record_gaps=with_gaps).finish()
-            outcome = problem.outcome(candidate.plan, result)
-            score = objective.score(outcome)
-            broken = tuple(c.name for c in problem.constraints if c.is_broken(outcome))
-        value = objective.value(score[0])
-        worse = chosen_value - value if objective.sense == "maximize" else value - chosen_value
-        rows.append(
-            Alternative(
-                id=problem.plan_text(candidate.plan),
-                devices=candidate.plan.devices,
-                value=value,
-                loss_pct=100.0 * worse / chosen_value if chosen_value else 0.0,
-                breaks=broken,
-                theoretical=is_theoretical(problem, candidate.plan.shape),
-            )
-        )
-    rows.sort(key=lambda row: (bool(row.breaks), row.loss_pct, row.id))
-    return tuple(rows[:_MAX_ALTERNATIVES])
 
 
 def search_summary(found: SearchResult) -> SearchSummary:

@@ -28,7 +28,7 @@ import numpy as np
 
 from planner.errors import LimitError
 from planner.plan_floors import loosest
-from planner.space import KV_CACHE, WEIGHTS, broken_rule
+from planner.space import KV_CACHE, WEIGHTS, count_rules, grid_classes
 from simulator.plan import BatchingLimits, Plan
 
 if TYPE_CHECKING:
@@ -199,26 +199,22 @@ def data_digest(cost: IterationCost, limits: Limits) -> str:
 
 def excluded_groups(problem: Problem) -> Iterator[dict[str, Any]]:
     """Plans that cannot run: for each replica and rule the numbers of replicas it excludes."""
-    grid = problem.space
-    for shape in grid.shapes:
-        for seqs in grid.max_num_seqs:
-            for tokens in grid.max_num_batched_tokens:
-                limits = BatchingLimits(seqs, tokens)
-                groups: dict[str, list[int]] = {}
-                for replicas in grid.replicas:
-                    rule = broken_rule(problem, Plan(replicas, shape, limits))
-                    if rule is not None:
-                        groups.setdefault(rule, []).append(replicas)
-                for rule, counts in groups.items():
-                    group: dict[str, Any] = {
-                        "class": problem.plan_text(Plan(1, shape, limits)),
-                        "replicas": counts,
-                        "rule": rule,
-                    }
-                    if rule in (WEIGHTS, KV_CACHE):
-                        group["needed_bytes"] = problem.needed_bytes(shape, limits)
-                        group["usable_bytes"] = problem.memory(shape, limits).usable_bytes
-                    yield group
+    for shape, limits, launch in grid_classes(problem):
+        groups: dict[str, list[int]] = {}
+        counts = problem.space.replicas
+        for replicas, rule in count_rules(problem, shape, limits, counts, launch):
+            if rule is not None:
+                groups.setdefault(rule, []).append(replicas)
+        for rule, excluded in groups.items():
+            group: dict[str, Any] = {
+                "class": problem.plan_text(Plan(1, shape, limits)),
+                "replicas": excluded,
+                "rule": rule,
+            }
+            if rule in (WEIGHTS, KV_CACHE):
+                group["needed_bytes"] = problem.needed_bytes(shape, limits)
+                group["usable_bytes"] = problem.memory(shape, limits).usable_bytes
+            yield group
 
 
 def to_text(data: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from planner.objective import MICROS, Outcome
 from simulator.kv_layout import KvLayout, kv_layout
-from simulator.memory import MemoryBudget, memory_budgets, tightest
+from simulator.memory import MemoryBudget, ReplicaMemory, tightest
 from simulator.rules import ROUTERS
 from simulator.run import Run
 from simulator.state import Limits
@@ -57,6 +57,18 @@ class SearchLimits:
 
     time_limit_s: float
     work_limit: int | None
+
+
+@dataclass
+class _Known:
+    """What a problem has worked out of its replicas, none of which depends on the workload."""
+
+    memory: dict[Shape, ReplicaMemory] = field(default_factory=dict)
+    budgets: dict[tuple[Shape, BatchingLimits], tuple[MemoryBudget, ...]] = field(
+        default_factory=dict
+    )
+    layouts: dict[Shape, KvLayout] = field(default_factory=dict)
+    limits: dict[tuple[Shape, BatchingLimits], Limits] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,9 +127,7 @@ class Problem:
     goodput_limits_s: Mapping[str, float]
     provenance: Mapping[str, object]
     warnings: tuple[str, ...]
-    _budgets: dict[tuple[Shape, BatchingLimits], tuple[MemoryBudget, ...]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _known: _Known = field(default_factory=_Known, init=False, repr=False, compare=False)
 
     @property
     def pool(self) -> DevicePool:
@@ -170,12 +180,15 @@ class Problem:
 
     def stages_memory(self, shape: Shape, limits: BatchingLimits) -> tuple[MemoryBudget, ...]:
         """Memory of one rank of each pipeline stage."""
-        key = shape, limits
-        if key not in self._budgets:
-            pool = self.pool_of(shape)
-            rules = pool.memory_rules
-            self._budgets[key] = memory_budgets(self.model, pool.device, shape, limits, rules)
-        return self._budgets[key]
+        known, key = self._known, (shape, limits)
+        if key not in known.budgets:
+            if shape not in known.memory:
+                pool = self.pool_of(shape)
+                known.memory[shape] = ReplicaMemory(
+                    self.model, pool.device, shape, pool.memory_rules
+                )
+            known.budgets[key] = known.memory[shape].budgets(limits)
+        return known.budgets[key]
 
     def memory(self, shape: Shape, limits: BatchingLimits) -> MemoryBudget:
         """Memory of one rank of a replica's tightest pipeline stage."""
@@ -191,8 +204,11 @@ class Problem:
 
     def layout(self, shape: Shape) -> KvLayout:
         """How a replica's KV cache is cut into pages."""
-        rules = self.pool_of(shape).memory_rules
-        return kv_layout(self.model, shape.tp, rules.block_tokens, rules.state_dtype)
+        layouts = self._known.layouts
+        if shape not in layouts:
+            rules = self.pool_of(shape).memory_rules
+            layouts[shape] = kv_layout(self.model, shape.tp, rules.block_tokens, rules.state_dtype)
+        return layouts[shape]
 
     def tokens_held(self, shape: Shape, pages: int) -> int:
         """Tokens that ``pages`` hold: full blocks, or full requests where layers differ in kind.
@@ -216,6 +232,12 @@ class Problem:
 
     def replica_limits(self, plan: Plan) -> Limits:
         """Limits of one replica of ``plan``, or of one of its attention groups, as simulated."""
+        key = plan.shape, plan.limits
+        if key not in self._known.limits:
+            self._known.limits[key] = self._replica_limits(plan)
+        return self._known.limits[key]
+
+    def _replica_limits(self, plan: Plan) -> Limits:
         layout, limits = self.layout(plan.shape), plan.limits
         if plan.shape.dp > 1 and self.lockstep is not None:
             limits = self.lockstep.limits_of(limits, plan.shape.dp)

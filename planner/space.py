@@ -13,7 +13,7 @@ from simulator.precision import FP8_BLOCK
 from simulator.units import GIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from planner.problem import Problem
     from simulator.model import Layer, ModelShape
@@ -82,10 +82,8 @@ class Space:
     size: int
 
 
-def _launch_rule(
-    problem: Problem, shape: Shape, limits: BatchingLimits, *, on_any_node: bool = False
-) -> str | None:
-    """The first rule of the engine that such a replica breaks whatever the memory."""
+def _shape_rule(problem: Problem, shape: Shape, *, on_any_node: bool = False) -> str | None:
+    """The first rule of the engine that such a replica breaks whatever its limits and memory."""
     layout_rule = broken_layout(layouts_in_space(problem), problem.model, shape)
     if layout_rule is not None:
         return layout_rule
@@ -99,22 +97,18 @@ def _launch_rule(
     for rule in (HEADS, FFN, KV_HEADS, RECURRENT, QUANT_BLOCKS):
         if _offender(problem.model, shape, rule) is not None:
             return rule
-    for rule, broken in (
-        (NODE, not on_any_node and not _nodes_join(problem, shape)),
-        (COLLECTIVES, not _collectives_have_times(problem, shape)),
-        (
-            BUDGET,
-            problem.engine.budget_covers_sequences
-            and limits.max_num_batched_tokens < limits.max_num_seqs,
-        ),
-        (
-            WHOLE_PROMPTS,
-            not problem.rules.chunked and limits.max_num_batched_tokens < problem.longest_prefill,
-        ),
-    ):
-        if broken:
-            return rule
-    return None
+    if not on_any_node and not _nodes_join(problem, shape):
+        return NODE
+    return None if _collectives_have_times(problem, shape) else COLLECTIVES
+
+
+def _limits_rule(problem: Problem, limits: BatchingLimits) -> str | None:
+    """The first rule of the engine that replicas with such limits break whatever their shape."""
+    tokens = limits.max_num_batched_tokens
+    if problem.engine.budget_covers_sequences and tokens < limits.max_num_seqs:
+        return BUDGET
+    whole = not problem.rules.chunked and tokens < problem.longest_prefill
+    return WHOLE_PROMPTS if whole else None
 
 
 def _stages_hold(problem: Problem, shape: Shape) -> bool:
@@ -189,7 +183,53 @@ def can_launch(
 
     With ``on_any_node`` the width of the pool's own nodes does not count either.
     """
-    return _launch_rule(problem, shape, limits, on_any_node=on_any_node) is None
+    broken = _shape_rule(problem, shape, on_any_node=on_any_node) or _limits_rule(problem, limits)
+    return broken is None
+
+
+def grid_classes(problem: Problem) -> Iterator[tuple[Shape, BatchingLimits, str | None]]:
+    """Every replica of the grid, and the first rule of the engine that it breaks."""
+    grid = problem.space
+    every = [BatchingLimits(q, b) for q in grid.max_num_seqs for b in grid.max_num_batched_tokens]
+    of_limits = [_limits_rule(problem, limits) for limits in every]
+    for shape in grid.shapes:
+        of_shape = _shape_rule(problem, shape)
+        for limits, rule in zip(every, of_limits, strict=True):
+            yield shape, limits, of_shape or rule
+
+
+def count_rules(
+    problem: Problem,
+    shape: Shape,
+    limits: BatchingLimits,
+    counts: Iterable[int],
+    launch: str | None,
+) -> Iterator[tuple[int, str | None]]:
+    """For each number of replicas the first rule that keeps them from running.
+
+    ``launch`` is the rule of the engine that one of them breaks, if any.
+    """
+    most_devices, most = problem.pool_of(shape).num_devices, problem.replicas_that_fit(shape)
+    memory: str | None = ""  # looked at where a count gets that far
+    for replicas in counts:
+        if problem.space.forbid and forbidding(problem, Plan(replicas, shape, limits)):
+            yield replicas, FORBIDDEN
+        elif launch is not None:
+            yield replicas, launch
+        elif replicas * shape.devices > most_devices:
+            yield replicas, DEVICES
+        elif replicas > most:
+            yield replicas, PACKING
+        else:
+            if memory == "":
+                memory = _memory_rule(problem, shape, limits)
+            yield replicas, memory
+
+
+def _memory_rule(problem: Problem, shape: Shape, limits: BatchingLimits) -> str | None:
+    if problem.memory(shape, limits).num_blocks <= 0:
+        return WEIGHTS
+    return KV_CACHE if problem.blocks(shape, limits) < problem.full_request_blocks(shape) else None
 
 
 def forbidding(problem: Problem, plan: Plan) -> str | None:
@@ -202,19 +242,9 @@ def forbidding(problem: Problem, plan: Plan) -> str | None:
 
 def broken_rule(problem: Problem, plan: Plan) -> str | None:
     """The first rule that keeps ``plan`` from running, or ``None`` if it can."""
-    if forbidding(problem, plan) is not None:
-        return FORBIDDEN
-    rule = _launch_rule(problem, plan.shape, plan.limits)
-    if rule is not None:
-        return rule
-    if plan.devices > problem.pool_of(plan.shape).num_devices:
-        return DEVICES
-    if plan.replicas > problem.replicas_that_fit(plan.shape):
-        return PACKING
-    if problem.memory(plan.shape, plan.limits).num_blocks <= 0:
-        return WEIGHTS
-    pages = problem.blocks(plan.shape, plan.limits)
-    return KV_CACHE if pages < problem.full_request_blocks(plan.shape) else None
+    launch = _shape_rule(problem, plan.shape) or _limits_rule(problem, plan.limits)
+    ((_, rule),) = count_rules(problem, plan.shape, plan.limits, [plan.replicas], launch)
+    return rule
 
 
 def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
@@ -271,20 +301,17 @@ def explain_rule(problem: Problem, plan: Plan, rule: str) -> str:
 
 def enumerate_space(problem: Problem) -> Space:
     """List the grid of ``problem.space`` and sort plans from exclusions."""
-    grid = problem.space
+    counts = problem.space.replicas
     excluded = dict.fromkeys(RULES, 0)
     plans: list[Plan] = []
     size = 0
-    for shape in grid.shapes:
-        for seqs in grid.max_num_seqs:
-            for tokens in grid.max_num_batched_tokens:
-                for replicas in grid.replicas:
-                    size += 1
-                    plan = Plan(replicas, shape, BatchingLimits(seqs, tokens))
-                    rule = broken_rule(problem, plan)
-                    if rule is None:
-                        plans.append(plan)
-                    else:
-                        excluded[rule] += 1
-    plans.sort(key=lambda plan: plan.tie_key(problem.default_limits))
+    for shape, limits, launch in grid_classes(problem):
+        size += len(counts)
+        for replicas, rule in count_rules(problem, shape, limits, counts, launch):
+            if rule is None:
+                plans.append(Plan(replicas, shape, limits))
+            else:
+                excluded[rule] += 1
+    defaults = problem.default_limits
+    plans.sort(key=lambda plan: plan.tie_key(defaults))
     return Space(tuple(plans), {rule: n for rule, n in excluded.items() if n}, size)

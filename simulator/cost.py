@@ -121,6 +121,7 @@ class CostCompiler:
         self._costs: dict[tuple[Shape, BatchingLimits], IterationCost] = {}
         self._in_lockstep: dict[tuple[Shape, BatchingLimits], Lockstep] = {}
         self._pipelines: dict[Shape, tuple[tuple[StageCost, ...], tuple[int, ...]]] = {}
+        self._sends: dict[Shape, FloatArray] = {}
 
     @property
     def max_limits(self) -> BatchingLimits:
@@ -169,7 +170,9 @@ class CostCompiler:
                 self._costs[shape, limits] = costs[0]
             else:
                 tokens = costs[0].max_tokens
-                send_s = self._send_s(shape)[: tokens + 1]
+                if shape not in self._sends:
+                    self._sends[shape] = self._send_s(shape)
+                send_s = self._sends[shape][: tokens + 1]
                 self._costs[shape, limits] = stages_of(costs, stages, send_s)
         return self._costs[shape, limits]
 

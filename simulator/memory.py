@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
+from simulator.activations import activation_bytes_per_rank
 from simulator.kv_layout import kv_layout
-from simulator.model import Experts, LatentAttention, Layer
-from simulator.ops import layer_gemms
+from simulator.model import LatentAttention
 from simulator.stages import stages_of_replica
-from simulator.units import DTYPE_BYTES
 from simulator.weights import stage_weight_bytes_per_rank
 
 if TYPE_CHECKING:
@@ -28,16 +27,6 @@ NULL_BLOCKS: Final = 1
 LARGE_GRAPH: Final = 300
 """Sequences of a decode graph beyond which SGLang keeps more for attention data parallel
 (server_args.py, ``_handle_gpu_memory_settings``)."""
-
-_RESIDUAL_STREAMS: Final = 3
-"""Live hidden-width tensors at the MLP peak of vLLM's Llama layer (model_executor/models/llama.py):
-the residual, the normalised input and the layer's output."""
-
-_CONTEXT_CHUNK_TOKENS: Final = 64 * 1024
-"""Cached tokens that latent attention expands at once in a prefill; the profile run allocates
-their keys and values (vLLM 0.24.0, model_executor/layers/attention/mla_attention.py). It is less
-for contexts below 8192 tokens, and 0.10.2 leaves it out of the profile."""
-
 
 Accounting = Literal["share_of_device", "static_share", "share_of_free"]
 """What an engine's memory fraction is a fraction of:
@@ -239,38 +228,6 @@ class MemoryBudget:
         return self.weight_bytes + self.activation_bytes + self.overhead_bytes + self.graph_bytes
 
 
-def activation_bytes_per_rank(
-    model: ModelShape, shape: Shape, limits: BatchingLimits, logit_bytes: int
-) -> int:
-    """Peak activation bytes of the engine's profile run on one rank.
-
-    A ``logit_bytes`` of 0 leaves the sampler out, as in all pipeline stages but the last.
-
-    The profile run (vLLM v1/worker/gpu_model_runner.py, ``profile_run``) feeds a full token
-    budget through the layers and then a full set of sequences through the sampler; the two peaks
-    do not coincide, so the larger counts. The layers peak in their widest part. Exact shapes are
-    read off the sources for dense networks, fused experts (Triton) and the sampler; mixers count
-    their projections and output, without what a kernel allocates inside. Worked against public
-    logs in ``tests/unit/test_memory.py`` and ``test_memory_facts.py``.
-
-    Parameters
-    ----------
-    model, shape
-        What is served, and how it is spread.
-    limits
-        Token budget and sequences of the profile run.
-    logit_bytes
-        See `MemoryRules`.
-
-    """
-    bf16, tokens = DTYPE_BYTES["bf16"], limits.max_num_batched_tokens
-    hidden = tokens * bf16 * model.hidden_size
-    widest = max(_layer_peak_bytes(model, layer, shape, tokens) for layer in model.layer_counts)
-    forward = widest + _RESIDUAL_STREAMS * hidden
-    sampler = limits.max_num_seqs * model.vocab_size * logit_bytes + hidden
-    return max(forward, sampler)
-
-
 def memory_budget(
     model: ModelShape, device: Device, shape: Shape, limits: BatchingLimits, rules: MemoryRules
 ) -> MemoryBudget:
@@ -301,9 +258,34 @@ def memory_budgets(
 
     Parameters as of :func:`memory_budget`.
     """
-    stages = stages_of_replica(model, shape, rules.spare_layers)
-    fraction = rules.fraction(model, device, shape.tp, limits, groups=shape.dp)
-    return tuple(_stage_budget(stage, device, shape, limits, rules, fraction) for stage in stages)
+    return ReplicaMemory(model, device, shape, rules).budgets(limits)
+
+
+class ReplicaMemory:
+    """Memory of replicas of one shape: what no batching limit changes is worked out once.
+
+    Parameters
+    ----------
+    model, device, shape, rules
+        As of :func:`memory_budget`.
+
+    """
+
+    def __init__(self, model: ModelShape, device: Device, shape: Shape, rules: MemoryRules) -> None:
+        self._model, self._device, self._shape, self._rules = model, device, shape, rules
+        self._stages = tuple(
+            (stage, stage_weight_bytes_per_rank(stage, shape))
+            for stage in stages_of_replica(model, shape, rules.spare_layers)
+        )
+
+    def budgets(self, limits: BatchingLimits) -> tuple[MemoryBudget, ...]:
+        """Memory of one rank of every pipeline stage under ``limits``."""
+        rules, shape = self._rules, self._shape
+        fraction = rules.fraction(self._model, self._device, shape.tp, limits, groups=shape.dp)
+        return tuple(
+            _stage_budget(stage, weights, self._device, shape, limits, rules, fraction)
+            for stage, weights in self._stages
+        )
 
 
 def tightest(stages: Sequence[MemoryBudget]) -> MemoryBudget:
@@ -316,13 +298,13 @@ def tightest(stages: Sequence[MemoryBudget]) -> MemoryBudget:
 
 def _stage_budget(
     stage: Stage,
+    weights: int,
     device: Device,
     shape: Shape,
     limits: BatchingLimits,
     rules: MemoryRules,
     fraction: float,
 ) -> MemoryBudget:
-    weights = stage_weight_bytes_per_rank(stage, shape)
     layout = kv_layout(stage.model, shape.tp, rules.block_tokens, rules.state_dtype)
     if rules.accounting == "static_share":
         usable = int((device.memory_bytes - rules.overhead_bytes) * fraction)
@@ -344,42 +326,3 @@ def _stage_budget(
         layout=layout,
         num_blocks=(usable - fixed) // layout.page_bytes - rules.null_blocks,
     )
-
-
-def _layer_peak_bytes(model: ModelShape, layer: Layer, shape: Shape, tokens: int) -> int:
-    """Bytes that the wider half of ``layer`` holds at once, besides the residual streams."""
-    mixer = layer.mixer
-    mixed = tokens * _projected_elements(model, Layer(mixer, None), shape)
-    if isinstance(mixer, LatentAttention):
-        expanded = mixer.heads_per_rank(shape.tp) * (mixer.qk_nope_head_dim + mixer.v_head_dim)
-        mixed += _CONTEXT_CHUNK_TOKENS * expanded
-    if isinstance(layer.ffn, Experts):
-        fed = tokens * _expert_elements(model, layer.ffn, shape)
-    else:
-        fed = tokens * _projected_elements(model, Layer(None, layer.ffn), shape)
-    return DTYPE_BYTES["bf16"] * max(mixed, fed)
-
-
-def _projected_elements(model: ModelShape, half: Layer, shape: Shape) -> int:
-    """Per token, what the projections of half a layer give and what the last of them takes."""
-    gemms = layer_gemms(model, half, shape)
-    return sum(gemm.n for gemm in gemms[:-1]) + gemms[-1].k if gemms else 0
-
-
-def _expert_elements(model: ModelShape, ffn: Experts, shape: Shape) -> int:
-    """Per token, the buffers of the fused experts or of the shared ones, which run before them.
-
-    A rank has room for every copy of the tokens of all attention groups, also of copies that other
-    ranks compute (``fused_experts_impl`` sizes by tokens, whatever experts it holds).
-    The first product's output and the last one's share a buffer, the activation between them has
-    its own (layers/fused_moe/fused_moe.py, ``fused_experts_impl``). Versions up to 0.10.2 cut
-    budgets above 32,768 tokens into chunks, 0.24.0 does not; no chunks are counted here.
-    """
-    inputs = 2 if ffn.gated else 1
-    width = ffn.intermediate_size // shape.moe_tp
-    shared = ffn.shared_intermediate_size // shape.tp
-    copy = max(inputs * width, ffn.latent_size or model.hidden_size) + width
-    routed = shape.dp * ffn.top_k * copy
-    if not shared:
-        return routed + ffn.latent_size
-    return max((inputs + 1) * shared, routed + ffn.latent_size + model.hidden_size)

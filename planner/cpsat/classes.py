@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from planner.cpsat.variables import ReplicaClass
-from planner.space import can_launch, forbidding
-from simulator.plan import BatchingLimits, Plan
+from planner.space import forbidding, grid_classes
+from simulator.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,21 +18,16 @@ def master_classes(problem: Problem) -> list[ReplicaClass]:
     """Classes that the engine can launch; memory and device counts are the master's to judge."""
     grid = problem.space
     classes = []
-    for shape in grid.shapes:
-        for seqs in grid.max_num_seqs:
-            for tokens in grid.max_num_batched_tokens:
-                limits = BatchingLimits(seqs, tokens)
-                if not can_launch(problem, shape, limits):
-                    continue
-                budget = problem.memory(shape, limits)
-                need = problem.needed_bytes(shape, limits)
-                if problem.num_blocks is not None:  # measured: the memory model does not judge
-                    held = problem.num_blocks >= problem.full_request_blocks(shape)
-                    need = 0 if held and budget.num_blocks > 0 else budget.usable_bytes + 1
-                most = problem.replicas_that_fit(shape)
-                classes.append(
-                    ReplicaClass(shape, limits, grid.replicas, need, budget.usable_bytes, most)
-                )
+    for shape, limits, rule in grid_classes(problem):
+        if rule is not None:
+            continue
+        budget = problem.memory(shape, limits)
+        need = problem.needed_bytes(shape, limits)
+        if problem.num_blocks is not None:  # measured: the memory model does not judge
+            held = problem.num_blocks >= problem.full_request_blocks(shape)
+            need = 0 if held and budget.num_blocks > 0 else budget.usable_bytes + 1
+        most = problem.replicas_that_fit(shape)
+        classes.append(ReplicaClass(shape, limits, grid.replicas, need, budget.usable_bytes, most))
     return classes
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simulator.activations import activation_bytes_per_rank
 from simulator.kv_layout import kv_bytes_per_token, kv_layout
-from simulator.memory import MemoryRules, activation_bytes_per_rank, memory_budget
+from simulator.memory import MemoryRules, memory_budget
 from simulator.model import (
     Attention,
     Experts,

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from simulator.activations import activation_bytes_per_rank
 from simulator.engine_rules import GraphRules
 from simulator.kv_layout import KvLayout, kv_bytes_per_token
 from simulator.memory import (
     MemoryRules,
     Reserve,
     ShareByWidth,
-    activation_bytes_per_rank,
     memory_budget,
 )
 from simulator.model import Experts, Layer, ModelShape
