@@ -1,8 +1,7 @@
 """The bounds again, from a certificate's supports alone: no code shared with the search's bounds.
 
 From claims that hold (``planner/verify_support.py``) the bounds of all requests follow by the
-recursions below, which are written per request where the search has whole arrays, and with whole
-arrays where it has loops. ``docs/search.md`` has the formulas of both.
+recursions below, which are derived and written anew. ``docs/search.md`` has the formulas of both.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import numpy as np
 
 from planner.objective import Outcome
 from planner.verify_support import SLOPE_UNIT, cached_context
+from simulator.compiled import allocating
 from simulator.metrics import latencies
 from simulator.rules import ROUND_ROBIN, VLLM_V1
 from simulator.state import (
@@ -118,7 +118,7 @@ def _alone_ps(support: Mapping[str, Any], cost: IterationCost, prompt: Ints, cac
         cost.mixed_ps[kind, inside] + kinds[kind]["each_ps"] for kind in stages
     )
     if hops:
-        whole_ps[inside] += hops * np.array([int(cost.send_ps[n:].min()) for n in inside])
+        whole_ps[inside] += hops * _least_of_more(cost.send_ps)[inside]
     whole_ps = _least_of_more(whole_ps)[tokens]
     for kind in stages:
         whole_ps = whole_ps + cost.prefill_ps[kind, prompt] - cost.prefill_ps[kind, cached]
@@ -250,76 +250,101 @@ def _queues(run: Run) -> Iterator[list[int]]:
         yield [i for i in order if replica[i] == r]
 
 
-class _Replica:
-    """One replica's queue, taken up request by request."""
+class _Seats(NamedTuple):
+    """What a replica's requests share: seats, pages and how contents use them.
 
-    def __init__(self, run: Run, floors: Floors, r: int) -> None:
-        self.now_ps = _free_ps(run, r)
-        self.event_ps = int(run.state.event_ps[r])
-        self.admit_ps = self.prompts_ps = self.all_ps = self.now_ps
-        self.floors = floors
-        self.keeps = run.rules.prefix_caching
-        limits, rules = floors.limits, run.rules
-        self.seats, self.pages, self.block_tokens = len(run.state.request), 1, 0
+    ``block_tokens`` is 0 where pages do not matter; ``keeps`` says that a preempted request may
+    find its blocks again, ``reserves`` that a prompt is admitted with all its pages.
+    """
+
+    seats: int
+    pages: int
+    block_tokens: int
+    growing: int
+    keeps: bool
+    reserves: bool
+
+    @classmethod
+    def of(cls, run: Run, limits: Limits) -> _Seats:
+        rules, seats, pages, block_tokens = run.rules, len(run.state.request), 1, 0
         if rules.policy == VLLM_V1:
-            self.seats = limits.max_num_seqs
+            seats = limits.max_num_seqs
             if cached_context(limits, rules) is not None:
-                self.pages, self.block_tokens = limits.num_blocks, limits.block_tokens
-        self.reserves = rules.reserve_full_prompt
-        self.growing = limits.growing
-        self.residents: list[tuple[int, int]] = []
-        self.held = 0
+                pages, block_tokens = limits.num_blocks, limits.block_tokens
+        return cls(
+            seats,
+            pages,
+            block_tokens,
+            limits.growing,
+            bool(rules.prefix_caching),
+            bool(rules.reserve_full_prompt),
+        )
 
-    def take(self, row: list[int], arrival_ps: int, i: int) -> tuple[int | None, int]:
-        """First (``None`` if it was emitted) and last token of the next request, at best."""
-        floors = self.floors
-        prompt, output, generated = row[PROMPT], row[OUTPUT], row[GENERATED]
-        visible_ps = arrival_ps + floors.limits.ingress_ps
-        first_ps, work_ps, emitted = None, 0, generated + 1
-        held = self._pages(prompt + generated)
-        if generated > 0:
-            begin_ps = self.event_ps
-        else:
-            emitted = 1
-            start_ps = max(self.now_ps, visible_ps)
-            found, alone_ps = min(row[COMPUTED], prompt), 0
-            if found == 0 and row[PREEMPTIONS] == 0:
-                start_ps = self._admit(visible_ps, held)
-                found, alone_ps = int(floors.cached[i]), int(floors.alone_ps[i])
-            elif found == 0 and self.keeps:
+
+@allocating
+def _take_up(
+    queue: Ints,
+    request: Ints,
+    time_ps: Ints,
+    event_ps: int,
+    now_ps: int,
+    ingress_ps: int,
+    room: _Seats,
+    alone: Ints,
+    cached: Ints,
+    work: Ints,
+    emitted: Ints,
+    theta: int,
+    phi: int,
+    first_ps: Ints,
+    last_ps: Ints,
+) -> int:
+    """One replica's queue, request by request: when its work is done, at best.
+
+    ``first_ps`` and ``last_ps``, (N,), get the least time from arrival to first and last token.
+    Requests in ``queue`` are not finished.
+    """
+    admit_ps, prompts_ps, all_ps, held = now_ps, now_ps, now_ps, 0
+    residents = [(now_ps, 0) for _ in range(0)]
+    for i in queue:
+        prompt, output, generated = request[i, PROMPT], request[i, OUTPUT], request[i, GENERATED]
+        arrival_ps = time_ps[i, ARRIVAL]
+        visible_ps = arrival_ps + ingress_ps
+        mine = 0
+        if room.block_tokens > 0:
+            mine = room.growing * -(-(prompt + generated) // room.block_tokens)
+        work_ps, after, begin_ps = 0, generated + 1, event_ps
+        if generated == 0:
+            after = 1
+            start_ps = max(now_ps, visible_ps)
+            found, alone_ps = min(request[i, COMPUTED], prompt), 0
+            if found == 0 and request[i, PREEMPTIONS] == 0:
+                needed = mine if room.reserves else min(mine, room.growing)
+                admit_ps = max(admit_ps, visible_ps)
+                # Seats and pages suffice once enough of those before it have left.
+                while len(residents) > 0 and (
+                    len(residents) >= room.seats or held + needed > room.pages
+                ):
+                    left_ps, freed = heapq.heappop(residents)
+                    admit_ps = max(admit_ps, left_ps)
+                    held -= freed
+                start_ps, found, alone_ps = admit_ps, cached[i], alone[i]
+            elif found == 0 and room.keeps:
                 found = prompt - 1
             elif found == 0:
-                alone_ps = int(floors.alone_ps[i])
-            work_ps = int(floors.work_ps[prompt] - floors.work_ps[found])
-            self.prompts_ps = max(self.prompts_ps, start_ps) + work_ps
-            first_ps = max(self.prompts_ps, start_ps + alone_ps if alone_ps else 0)
-            begin_ps = first_ps
-        rest_ps = floors.emitted_ps[prompt + output] - floors.emitted_ps[prompt + emitted]
-        last_ps = begin_ps + int(rest_ps)
-        heapq.heappush(self.residents, (last_ps, held))
-        self.held += held
-        theta, phi = floors.share
-        left = range(prompt + emitted, prompt + output)
-        work_ps += theta * sum(left) + phi * len(left)
-        self.all_ps = max(self.all_ps, visible_ps) + work_ps
-        return first_ps, last_ps
-
-    def _pages(self, tokens: int) -> int:
-        if not self.block_tokens:
-            return 0
-        return self.growing * -(-tokens // self.block_tokens)
-
-    def _admit(self, visible_ps: int, pages: int) -> int:
-        """When seats and pages suffice, those before it having left as early as they can."""
-        needed = pages if self.reserves else min(pages, self.growing)
-        self.admit_ps = max(self.admit_ps, visible_ps)
-        while self.residents and (
-            len(self.residents) >= self.seats or self.held + needed > self.pages
-        ):
-            left_ps, freed = heapq.heappop(self.residents)
-            self.admit_ps = max(self.admit_ps, left_ps)
-            self.held -= freed
-        return self.admit_ps
+                alone_ps = alone[i]
+            work_ps = work[prompt] - work[found]
+            prompts_ps = max(prompts_ps, start_ps) + work_ps
+            begin_ps = max(prompts_ps, start_ps + alone_ps if alone_ps > 0 else 0)
+            first_ps[i] = begin_ps - arrival_ps
+        end_ps = begin_ps + emitted[prompt + output] - emitted[prompt + after]
+        last_ps[i] = end_ps - arrival_ps
+        heapq.heappush(residents, (end_ps, mine))
+        held += mine
+        left = max(0, output - after)
+        contexts = left * (prompt + after) + left * (left - 1) // 2  # p + after .. p + output - 1
+        all_ps = max(all_ps, visible_ps) + work_ps + theta * contexts + phi * left
+    return all_ps
 
 
 def lower_outcome(
@@ -332,28 +357,36 @@ def lower_outcome(
     first_ps = floors.limits.ingress_ps + floors.alone_ps
     last_ps = first_ps + floors.emitted_ps[prompt + output] - floors.emitted_ps[prompt + 1]
     finished = time_ps[:, FINISH] != NEVER_PS
-    rows, arrivals = request.tolist(), arrival_ps.tolist()
-    all_ps = 0
-    for r, queue in enumerate(_queues(run)):
-        replica = _Replica(run, floors, r)
-        for i in queue:
-            if finished[i]:
-                continue
-            first, last = replica.take(rows[i], arrivals[i], i)
-            if first is not None:
-                first_ps[i] = first - arrivals[i]
-            last_ps[i] = last - arrivals[i]
-        all_ps = max(all_ps, replica.all_ps)
+    all_ps, room = 0, _Seats.of(run, floors.limits)
+    for r, known in enumerate(_queues(run)):
+        queue = np.array(known, np.int64)
+        done_ps = _take_up(
+            queue[~finished[queue]],
+            request,
+            time_ps,
+            int(run.state.event_ps[r]),
+            _free_ps(run, r),
+            floors.limits.ingress_ps,
+            room,
+            floors.alone_ps,
+            floors.cached,
+            floors.work_ps,
+            floors.emitted_ps,
+            *floors.share,
+            first_ps,
+            last_ps,
+        )
+        all_ps = max(all_ps, int(done_ps))
     some = np.flatnonzero(finished | (request[:, GENERATED] > 0))
     first_ps[some] = time_ps[some, FIRST_TOKEN] - arrival_ps[some]
     some = np.flatnonzero(finished)
     last_ps[some] = time_ps[some, FINISH] - arrival_ps[some]
 
-    known = arrival_ps != NEVER_PS
-    ends_ps = arrival_ps[known] + last_ps[known]
+    arrived = arrival_ps != NEVER_PS
+    ends_ps = arrival_ps[arrived] + last_ps[arrived]
     return Outcome(
         latencies(np.zeros_like(first_ps), first_ps, last_ps, run.workload.output_tokens),
-        float(in_s(np.int64(max(int(ends_ps.max()), all_ps)) - arrival_ps[known].min())),
+        float(in_s(np.int64(max(int(ends_ps.max()), all_ps)) - arrival_ps[arrived].min())),
         plan.devices,
         micros_per_hour,
         exact=False,

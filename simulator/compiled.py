@@ -25,6 +25,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return dispatcher
 
 
+def allocating(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a loop that keeps lists of its own, and keep the machine code on disk."""
+    flags = {k: v for k, v in _FLAGS.items() if k != "_nrt"}
+    dispatcher: Callable[..., Any] = numba.njit(**flags)(function)
+    return dispatcher
+
+
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a part of a loop that only compiled code calls, into its callers.
 
