@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -156,8 +157,6 @@ class CostFloors:
     ----------
     prompts
         Those from admission to first token.
-    prompt_ps
-        (L + 1,) the same of whole prompts, whatever of them a prefix cache may hold.
     prompt_work_ps
         (L + 1,) least share of the replica's time that computing the first ``l`` tokens of a prompt
         takes, however batched.
@@ -169,14 +168,23 @@ class CostFloors:
         ``a .. b - 1`` take at least ``decode_ps[b] - decode_ps[a]``.
     support
         What they were derived from.
+    keeps_blocks
+        Whether a preempted request may find its blocks again.
     """
 
     prompts: PromptFloors
-    prompt_ps: Ints
     prompt_work_ps: Ints
     share_ps: tuple[tuple[int, int], ...]
     decode_ps: Ints
     support: Support
+    keeps_blocks: bool
+
+    @cached_property
+    def prompt_ps(self) -> Ints:
+        """(L + 1,) least time from admission to first token, whatever a prefix cache may hold."""
+        lengths = np.arange(len(self.prompt_work_ps))
+        held = np.maximum(0, lengths - 1) if self.keeps_blocks else np.zeros_like(lengths)
+        return self.prompts.alone_ps(lengths, held)
 
     @classmethod
     def of(cls, cost: IterationCost, support: Support, *, keeps_blocks: bool = False) -> CostFloors:
@@ -193,14 +201,13 @@ class CostFloors:
         slowest = max(kinds, key=lambda k: int(works_ps[k][-1]))
         held = np.searchsorted(support.contexts, np.arange(1, longest + 1), side="right") - 1
         decode_ps = np.cumsum(np.array(support.decode_ps)[held])
-        prompts, lengths = PromptFloors.of(cost, support), np.arange(longest + 1)
         return cls(
-            prompts,
-            prompts.alone_ps(lengths, np.maximum(0, lengths - 1) if keeps_blocks else 0 * lengths),
+            PromptFloors.of(cost, support),
             works_ps[slowest],
             support.kinds[slowest].shares,
             np.concatenate([np.zeros(2, np.int64), decode_ps]),
             support,
+            keeps_blocks,
         )
 
 

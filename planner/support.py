@@ -56,6 +56,35 @@ def _lower_hull(values: Ints, corners: Ints) -> int:
     return used
 
 
+@compiled
+def _most_beside(least_ps: Ints, contexts: Ints, theta: int) -> int:
+    """The largest phi with ``theta H + phi b <= least`` for every batch b, row by row of H."""
+    most = np.iinfo(np.int64).max
+    for row in range(least_ps.shape[0]):
+        for column in range(least_ps.shape[1]):
+            rest_ps = least_ps[row, column] - theta * contexts[row, column]
+            most = min(most, rest_ps // (row + 1))
+    return most
+
+
+@compiled
+def _fill_attention(
+    attention_ps: Ints, slope_ps: Ints, knots: Ints, contexts: Ints, out_ps: Ints
+) -> None:
+    """Attention of batches of 1, 2, ... sequences, one of each context and the others of a token.
+
+    ``attention_ps`` and ``slope_ps`` are by batch from 0 and column of context, ``out_ps`` by
+    context and batch from 1.
+    """
+    for i in range(contexts.size):
+        for batch in range(1, out_ps.shape[1] + 1):
+            held = contexts[i] + batch - 1
+            column = np.searchsorted(knots, held // batch, side="right") - 1
+            beyond = max(0, held - knots[column] * batch)
+            slope = slope_ps[batch, column]
+            out_ps[i, batch - 1] = attention_ps[batch, column] + slope * beyond
+
+
 @dataclass(frozen=True)
 class StageSupport:
     """What was read off the cost of one kind of pipeline stage; B is the token budget.
@@ -239,7 +268,7 @@ def _shares(
     shares = {}
     for part in _SHARES:
         theta = int(part * slope_ps)
-        phi = int(np.min((least_ps - theta * contexts) // batches))
+        phi = int(_most_beside(least_ps, contexts, theta))
         # A token may be emitted by computing its context again instead: docs/search.md, "Shares".
         phi = min(phi, work_ps - theta * cost.max_context if keeps_blocks else work_ps)
         if phi >= 0 and (keeps_blocks or (theta <= phi and 2 * theta <= work_ps)):
@@ -274,22 +303,15 @@ def _decode_floors_at(cost: IterationCost, rows: int, *, pays_again: bool) -> tu
     for kind in sorted(set(map(int, cost.stages))):
         times = int(np.count_nonzero(cost.stages == kind))
         sampled_ps = cost.host_ps[kind] + cost.sampled_ps[kind, 1]
-        device_ps = cost.decode_ps[kind, batches] + _attention_ps(cost, kind, batches, contexts)
+        device_ps = np.empty((len(contexts), rows), np.int64)
+        by_batch = cost.attention_ps[kind], cost.attention_slope_ps[kind]
+        _fill_attention(*by_batch, cost.context_knots, contexts, device_ps)
+        device_ps += cost.decode_ps[kind, batches]
         decode_ps += times * (np.maximum(device_ps, cost.decode_floor_ps[kind]) + sampled_ps)
         alone_ps = cost.mixed_ps[kind, 1] + cost.attention_ps[kind, 0, 0]
         alone_ps = alone_ps + (cost.prefill_ps[kind, contexts] if pays else 0)
         again_ps += times * (np.maximum(alone_ps, cost.mixed_floor_ps[kind]) + sampled_ps)
     return contexts, np.minimum(decode_ps.min(axis=1), again_ps)
-
-
-def _attention_ps(cost: IterationCost, kind: int, batches: Ints, contexts: Ints) -> Ints:
-    """Attention of each batch where one sequence has each context and the others one token."""
-    held = contexts[:, None] + batches - 1
-    column = np.searchsorted(cost.context_knots, held // batches, side="right") - 1
-    beyond = np.maximum(0, held - cost.context_knots[column] * batches)
-    slopes_ps = cost.attention_slope_ps[kind, batches, column]
-    out: Ints = cost.attention_ps[kind, batches, column] + slopes_ps * beyond
-    return out
 
 
 def least_cost(costs: Sequence[IterationCost]) -> IterationCost:
