@@ -301,13 +301,22 @@ def infeasible_report(
     With ``scenario`` the nearest plan and the changes that would fit are searched for, which takes
     as long as many solves.
     """
-    deterministic = True
-    if found.space.plans and scenario is None:
-        reason, relaxation = "no plan meets the SLOs", "planner solve says which change would fit"
-    elif found.space.plans and scenario is not None:
-        reason, relaxation, deterministic = explain_slo(problem, scenario)
+    if scenario is not None:
+        why = (
+            explain_slo(problem, scenario)
+            if found.space.plans
+            else explain_empty_space(problem, found.space, scenario)
+        )
+        infeasible, deterministic = why.to_dict(), why.deterministic
     else:
-        reason, relaxation = explain_empty_space(problem, found.space)
+        what = "meets the SLOs" if found.space.plans else "of the grid can run"
+        infeasible, deterministic = (
+            {
+                "reason": f"no plan {what}",
+                "relaxation": "planner solve says which change would fit",
+            },
+            True,
+        )
     return PlanReport(
         status="infeasible",
         plan=None,
@@ -319,6 +328,6 @@ def infeasible_report(
         search=search_summary(found),
         provenance=problem.provenance,
         warnings=problem.warnings,
-        infeasible={"reason": reason, "relaxation": relaxation},
+        infeasible=infeasible,
         deterministic=deterministic,
     )

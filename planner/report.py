@@ -182,7 +182,9 @@ class PlanReport:
     search, provenance, warnings
         How it was found, from what data, and what to know about it.
     infeasible
-        ``reason`` and ``relaxation`` where infeasible.
+        Where infeasible ``reason`` and ``relaxation`` in words, ``conflict``, the scenario's fields
+        that exclude one another, and ``changes``: values of fields by their dotted path, each set
+        of which alone makes some plan feasible.
     metrics_interval
         90 % interval of each metric whose error was measured (`planner.uncertainty`).
     too_close
@@ -201,7 +203,7 @@ class PlanReport:
     search: SearchSummary
     provenance: Mapping[str, object]
     warnings: tuple[str, ...]
-    infeasible: Mapping[str, str] | None = None
+    infeasible: Mapping[str, Any] | None = None
     metrics_interval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     too_close: TooClose | None = None
     deterministic: bool = True

@@ -121,7 +121,8 @@ def test_weights_that_fit_nowhere() -> None:
     assert "weights 131.4" in reason
     assert f"needs {budget.fixed_bytes / 2**30:.1f} GiB per device" in reason
     assert f"{budget.usable_bytes / 2**30:.1f} GiB are usable" in reason
-    assert relaxation == "smallest change that fits: a pool of 2 devices in one node, for tp2"
+    changes = "cluster.pools.0.devices_per_node: 2; or model.weight_dtype: fp8"
+    assert relaxation == f"smallest change that fits: {changes}"
     report = solve(scenario(**{**sections, "cluster": pool(2)}))
     assert report.plan is not None
     assert report.plan.tp == 2
@@ -140,7 +141,6 @@ def test_context_that_does_not_fit() -> None:
     reason, relaxation = infeasible(**sections)
     held = int(suggested(relaxation, "model.max_model_len"))
     assert f"KV cache holds {held} tokens; max_model_len is 131072" in reason
-    assert "(the longest request has 202 tokens)" in relaxation
 
     def solved(**changes: Any) -> PlanReport:
         return solve(scenario(**{**sections, **changes}))
@@ -154,7 +154,7 @@ def test_context_that_does_not_fit() -> None:
     less = engine(gpu_memory_utilization=round(share - 0.001, 3))
     assert solved(engine=less).status == "infeasible"
 
-    assert "a pool of 2 devices in one node, for tp2" in relaxation
+    assert "cluster.pools.0.devices_per_node: 2" in relaxation
     assert solved(cluster=pool(2)).status == "optimal"
 
 
@@ -172,7 +172,7 @@ def test_pinned_blocks_are_not_helped_by_memory() -> None:
     """A measured block count does not grow with memory or devices, so neither is suggested."""
     _, relaxation = infeasible(engine=engine(num_gpu_blocks=20), search={"space": SPACE})
     assert "gpu_memory_utilization" not in relaxation
-    assert "devices in one node" not in relaxation
+    assert "devices_per_node" not in relaxation
 
 
 def test_suggested_width_can_be_launched() -> None:
@@ -209,4 +209,3 @@ def test_narrow_grids(space: dict[str, Any], devices: int, rules: dict[str, int]
     assert report.search.excluded_by_rule == rules
     listed = ", ".join(f"{n} by: {rule}" for rule, n in rules.items())
     assert report.infeasible["reason"] == f"no plan of the grid can run ({listed})"
-    assert report.infeasible["relaxation"].startswith("widen search.space")
