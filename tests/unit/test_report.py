@@ -86,7 +86,7 @@ def test_keys_of_an_infeasible_report() -> None:
     assert data["status"] == "infeasible"
     assert (data["plan"], data["objective"], data["bound"], data["gap"]) == (None,) * 4
     assert (data["metrics"], data["alternatives"]) == ({}, [])
-    assert set(data["infeasible"]) == {"reason", "relaxation"}
+    assert set(data["infeasible"]) == {"reason", "relaxation", "conflict", "changes"}
 
 
 def test_nothing_of_this_machine(tmp_path: Path) -> None:
