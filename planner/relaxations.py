@@ -177,6 +177,8 @@ def _nearest_value(scenario: Scenario, paths: Iterable[str]) -> Change | None:
             for name in names
         )
 
+    if feasible_plan(scenario, free) is None:
+        return None
     nearest = sorted(can_run(scenario, free), key=distance)
     tried: list[dict[str, Any]] = []
     for plan in nearest:
@@ -236,16 +238,17 @@ def _part(rate: float, steps: int) -> float:
 def _least(scenario: Scenario, change: Callable[[int], Change], most: int) -> Change | None:
     """The change by the least of 1 .. ``most`` that is enough, by doubling and bisection.
 
-    Where being enough is not monotone, it is one that is, below which the last one tried is not.
+    Where being enough is not monotone, it is one that is, below which the last one tried is not;
+    none where ``most`` is not.
     """
 
     def is_enough(n: int) -> bool:
         return feasible_plan(scenario, change(n)) is not None
 
+    if not is_enough(most):
+        return None
     low, high = 0, 1
-    while not is_enough(high):
-        if high >= most:
-            return None
+    while high < most and not is_enough(high):
         low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
