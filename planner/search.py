@@ -29,8 +29,13 @@ if TYPE_CHECKING:
     from simulator.plan import Plan, Shape
     from simulator.run import Run, RunResult
 
-_CHECK_EVERY: Final = 2048
-"""Iterations between two looks at a run's bound; about 1 ms of simulation, ten looks' worth."""
+_CHECK_EVERY: Final = 256
+"""Iterations between two looks at a run's bound, at least. Mixtral-8x22B on 8 H100, saturated, mean
+TPOT: 8.8 % of all iterations are simulated in 8.3 CPU s, with 2048 (part off) 14.8 % in 9.9."""
+
+_CHECK_PART: Final = 8
+"""A step is this part of the run so far, if that is more: what is simulated beyond the look that
+would have ruled a plan out stays below an eighth, and looks grow with the logarithm of a run."""
 
 
 class LimitReachedError(Exception):
@@ -190,7 +195,7 @@ class Search:
         done = False
         try:
             while not done:
-                done = run.advance(_CHECK_EVERY)
+                done = run.advance(max(_CHECK_EVERY, run.iterations // _CHECK_PART))
                 if not done:
                     self._check_limits(run.iterations)
                     if not self.exhaustive and self._settle_early(candidate, run):
